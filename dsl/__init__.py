@@ -1,0 +1,44 @@
+"""Tile programs: the math of MLA decode, written once and lowered by ``tilemla.codegen``.
+
+`make_programs` is the door; importing this package imports no TileLang.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tilemla.dsl.program import Program
+    from tilemla.spec import KernelSpec
+
+
+def make_programs(spec: KernelSpec) -> dict[str, Program]:
+    """Make the tile programs of a module.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+        What the module is specialised on.
+
+    Returns
+    -------
+    dict of str to Program
+        ``get_mla_metadata`` and ``mla_decode``, the functions that the module exports, in that order.
+
+    Raises
+    ------
+    ValueError
+        When there is no tile program for the spec.
+    """
+    reason = spec.why_invalid()
+    if reason is not None:
+        raise ValueError(f"no tile program for {spec.name}: {reason}")
+    from tilemla.dsl.metadata import make_metadata_program_cpu, make_metadata_program_sm90
+
+    if spec.arch == "cpu":
+        from tilemla.dsl.decode_cpu import make_decode_program
+
+        return {"get_mla_metadata": make_metadata_program_cpu(), "mla_decode": make_decode_program(spec)}
+    from tilemla.dsl.decode_sm90 import make_decode_program as make_decode_program_sm90
+
+    return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_sm90(spec)}

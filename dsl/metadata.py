@@ -1,0 +1,233 @@
+"""The tile scheduler: cuts a batch of sequences of any lengths into parts of about equal cost.
+
+The walk follows FlashMLA's ``get_mla_metadata``: a request costs its blocks plus a fixed overhead, and parts are filled
+in order. Within its equal payload a part takes whole requests while they fit, then cuts the next one. The last part
+takes all that is left, so that every block has a part whatever the payload.
+"""
+
+import tilelang.language as T
+
+from tilemla.dsl.program import Program
+from tilemla.dsl.schedule import (
+    BEGIN_BLOCK,
+    BEGIN_REQUEST,
+    BEGIN_SPLIT,
+    DEFAULT_SCHEDULER_CONFIG,
+    END_BLOCK,
+    END_REQUEST_INCLUSIVE,
+    IS_FIRST_REQUEST_SPLIT,
+    IS_LAST_REQUEST_SPLIT,
+    NUM_COLUMNS,
+    RESERVED,
+    Part,
+    SchedulerConfig,
+    count_blocks,
+)
+
+# Names of the elements of the walk's state, a local int32 buffer. The first three are the open part's row so far.
+_BEGIN_REQUEST, _BEGIN_BLOCK, _BEGIN_SPLIT, _PART, _REMAINING, _BLOCK, _SPLIT, _NUM_SPLITS, _STATE_SIZE = range(9)
+
+_CHUNK = 1024  # lengths staged through shared memory at a time
+_THREADS = 32
+
+
+@T.macro
+def _write_row(metadata, index, row):
+    metadata[index, BEGIN_REQUEST] = row.begin_request
+    metadata[index, END_REQUEST_INCLUSIVE] = row.end_request_inclusive
+    metadata[index, BEGIN_BLOCK] = row.begin_block
+    metadata[index, END_BLOCK] = row.end_block
+    metadata[index, BEGIN_SPLIT] = row.begin_split
+    metadata[index, IS_FIRST_REQUEST_SPLIT] = row.is_first_request_split
+    metadata[index, IS_LAST_REQUEST_SPLIT] = row.is_last_request_split
+    metadata[index, RESERVED] = 0
+
+
+def _idle_row(batch_size):
+    return Part(batch_size, batch_size - 1, 0, 0, 0, 0, 0)
+
+
+@T.macro
+def _close_part(metadata, state, end_request_inclusive, end_block, is_cut):
+    """Write the open part's row. `is_cut`: its last request goes on in the next part."""
+    is_one_request = state[_BEGIN_REQUEST] == end_request_inclusive
+    is_begun_before = T.if_then_else(state[_BEGIN_BLOCK] > 0, 1, 0)
+    row = Part(
+        begin_request=state[_BEGIN_REQUEST],
+        end_request_inclusive=end_request_inclusive,
+        begin_block=state[_BEGIN_BLOCK],
+        end_block=end_block,
+        begin_split=state[_BEGIN_SPLIT],
+        is_first_request_split=T.if_then_else(is_one_request, T.max(is_begun_before, is_cut), is_begun_before),
+        is_last_request_split=T.if_then_else(is_one_request, T.max(is_begun_before, is_cut), is_cut),
+    )
+    _write_row(metadata, state[_PART], row)
+
+
+@T.macro
+def _start_walk(num_splits, state):
+    for i in T.serial(_STATE_SIZE):
+        state[i] = 0
+    num_splits[0] = 0
+
+
+@T.macro
+def _walk_request(
+    metadata, num_splits, state, request, num_blocks, previous_num_blocks, payload, num_sm_parts, overhead
+):
+    """Give the blocks of one request to the open part and, while they do not fit, to the parts after it."""
+    if request == 0:
+        state[_REMAINING] = payload
+    state[_BLOCK] = 0
+    state[_SPLIT] = 0
+    while (state[_REMAINING] < num_blocks - state[_BLOCK] + overhead) & (state[_PART] < num_sm_parts - 1):
+        if state[_REMAINING] > overhead:
+            state[_BLOCK] = state[_BLOCK] + state[_REMAINING] - overhead
+            state[_SPLIT] = state[_SPLIT] + 1
+            _close_part(metadata, state, request, state[_BLOCK], 1)
+        else:
+            _close_part(metadata, state, request - 1, previous_num_blocks, 0)
+        state[_PART] = state[_PART] + 1
+        state[_BEGIN_REQUEST] = request
+        state[_BEGIN_BLOCK] = state[_BLOCK]
+        state[_BEGIN_SPLIT] = state[_SPLIT]
+        state[_REMAINING] = payload
+    state[_REMAINING] = state[_REMAINING] - (num_blocks - state[_BLOCK] + overhead)
+    state[_NUM_SPLITS] = state[_NUM_SPLITS] + state[_SPLIT] + 1
+    num_splits[request + 1] = state[_NUM_SPLITS]
+
+
+def _payload(total_cost, num_sm_parts, overhead):
+    """What a part may take: an equal share, and the overhead that cutting a request adds."""
+    return T.truncdiv(total_cost + num_sm_parts - 1, num_sm_parts) + overhead
+
+
+def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG) -> Program:
+    """The scheduler as a serial C function.
+
+    Parameters
+    ----------
+    config : SchedulerConfig
+        Block size and overhead.
+
+    Returns
+    -------
+    Program
+        ``get_mla_metadata(cache_seqlens (b,) int32, tile_scheduler_metadata (num_sm_parts, 8) int32,
+        num_splits (b + 1,) int32)``; fills the last two.
+    """
+    b, num_sm_parts = T.dynamic("b, num_sm_parts")
+    block_n, overhead = config.block_n, config.overhead_blocks
+
+    @T.prim_func
+    def get_mla_metadata(
+        cache_seqlens: T.Tensor((b,), "int32"),
+        tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
+        num_splits: T.Tensor((b + 1,), "int32"),
+    ):
+        with T.Kernel(1, threads=1) as _:
+            state = T.alloc_local((_STATE_SIZE,), "int32")
+            total = T.alloc_local((1,), "int32")
+            blocks = T.alloc_local((2,), "int32")
+            total[0] = 0
+            for request in T.serial(b):
+                total[0] = total[0] + count_blocks(cache_seqlens[request], block_n) + overhead
+            for part in T.serial(num_sm_parts):
+                _write_row(tile_scheduler_metadata, part, _idle_row(b))
+            _start_walk(num_splits, state)
+            blocks[1] = 0
+            for request in T.serial(b):
+                blocks[0] = count_blocks(cache_seqlens[request], block_n)
+                _walk_request(
+                    tile_scheduler_metadata,
+                    num_splits,
+                    state,
+                    request,
+                    blocks[0],
+                    blocks[1],
+                    _payload(total[0], num_sm_parts, overhead),
+                    num_sm_parts,
+                    overhead,
+                )
+                blocks[1] = blocks[0]
+            if b > 0:
+                _close_part(tile_scheduler_metadata, state, b - 1, blocks[1], 0)
+
+    return Program(get_mla_metadata, {"tl.disable_safe_memory_legalize": True})
+
+
+def make_metadata_program_sm90(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG) -> Program:
+    """The scheduler as one warp; lengths pass through shared memory in chunks, so that any batch size fits.
+
+    Parameters
+    ----------
+    config : SchedulerConfig
+        Block size and overhead.
+
+    Returns
+    -------
+    Program
+        As `make_metadata_program_cpu`.
+    """
+    b, num_sm_parts = T.dynamic("b, num_sm_parts")
+    block_n, overhead = config.block_n, config.overhead_blocks
+
+    @T.prim_func
+    def get_mla_metadata(
+        cache_seqlens: T.Tensor((b,), "int32"),
+        tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
+        num_splits: T.Tensor((b + 1,), "int32"),
+    ):
+        with T.Kernel(1, threads=_THREADS) as _:
+            blocks_shared = T.alloc_shared((_CHUNK,), "int32")
+            state = T.alloc_local((_STATE_SIZE,), "int32")
+            blocks = T.alloc_local((2,), "int32")
+            total = T.alloc_var("int32", init=0)
+            tx = T.get_thread_binding()
+            for step in T.serial(T.ceildiv(b, _THREADS)):
+                request = step * _THREADS + tx
+                if request < b:
+                    total += count_blocks(cache_seqlens[request], block_n) + overhead
+            payload = T.alloc_var("int32", init=_payload(T.warp_reduce_sum(total), num_sm_parts, overhead))
+            for step in T.serial(T.ceildiv(num_sm_parts, _THREADS)):
+                part = step * _THREADS + tx
+                if part < num_sm_parts:
+                    _write_row(tile_scheduler_metadata, part, _idle_row(b))
+            if tx == 0:
+                _start_walk(num_splits, state)
+                blocks[1] = 0
+            for chunk in T.serial(T.ceildiv(b, _CHUNK)):
+                # the walk of the last chunk is over before it is overwritten; idle rows are written before live ones
+                T.sync_threads()
+                for step in T.serial(_CHUNK // _THREADS):
+                    at = step * _THREADS + tx
+                    if chunk * _CHUNK + at < b:
+                        blocks_shared[at] = count_blocks(cache_seqlens[chunk * _CHUNK + at], block_n)
+                T.sync_threads()
+                if tx == 0:
+                    for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
+                        blocks[0] = blocks_shared[at]
+                        _walk_request(
+                            tile_scheduler_metadata,
+                            num_splits,
+                            state,
+                            chunk * _CHUNK + at,
+                            blocks[0],
+                            blocks[1],
+                            payload,
+                            num_sm_parts,
+                            overhead,
+                        )
+                        blocks[1] = blocks[0]
+            if (tx == 0) & (b > 0):
+                _close_part(tile_scheduler_metadata, state, b - 1, blocks[1], 0)
+
+    return Program(
+        get_mla_metadata,
+        {
+            # Barriers are placed by hand: one thread walks, and an automatic one inside its branch would hang.
+            "tl.disable_thread_storage_sync": True,
+            "tl.disable_warp_specialized": True,
+            "tl.disable_safe_memory_legalize": True,
+        },
+    )

@@ -1,0 +1,110 @@
+"""The functions that serve a call: chosen once per device, dtype and geometry, then found in a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from tilemla.loader import find_module, load_module, loaded_specs
+from tilemla.select import select_spec
+from tilemla.spec import DTYPES, HEAD_DIMS, PAGE_BLOCK_SIZES, KernelSpec
+
+# What a CPU counts as: enough parts that a batch exercises splitting.
+CPU_NUM_SMS = 8
+
+
+class Kernels(NamedTuple):
+    """What runs on one device."""
+
+    spec: KernelSpec
+    num_sms: int
+    mla_decode: Callable[..., None]
+    get_mla_metadata: Callable[..., None]
+
+
+_kernels: dict[tuple[torch.device, torch.dtype, int, int, int], Kernels] = {}
+_metadata_kernels: dict[torch.device, Callable[..., None]] = {}
+_num_sms: dict[torch.device, int] = {}
+
+
+def num_sms_of(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 8 for the CPU."""
+    count = _num_sms.get(device)
+    if count is None:
+        count = CPU_NUM_SMS
+        if device.type == "cuda":
+            count = torch.cuda.get_device_properties(device).multi_processor_count
+        _num_sms[device] = count
+    return count
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _refuse_capture(device: torch.device, what: str) -> None:
+    """Opening a module allocates and loads code, which a CUDA graph cannot record."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} was called for the first time inside a CUDA graph capture; call it once before")
+
+
+def kernels_for(
+    device: torch.device, dtype: torch.dtype, head_dim_qk: int, head_dim_v: int, page_block_size: int
+) -> Kernels:
+    """Select, load and remember the kernels for a kind of call.
+
+    Raises
+    ------
+    NotImplementedError
+        When no kernel serves it, or its module is not built and cannot be.
+    """
+    key = (device, dtype, head_dim_qk, head_dim_v, page_block_size)
+    kernels = _kernels.get(key)
+    if kernels is None:
+        spec = select_spec(
+            device_type=device.type,
+            capability=_capability(device),
+            dtype=str(dtype).removeprefix("torch."),
+            head_dim_qk=head_dim_qk,
+            head_dim_v=head_dim_v,
+            page_block_size=page_block_size,
+        )
+        _refuse_capture(device, "flash_mla_with_kvcache")
+        module = load_module(spec)
+        kernels = Kernels(spec, num_sms_of(device), module.mla_decode, module.get_mla_metadata)
+        _kernels[key] = kernels
+    return kernels
+
+
+def metadata_kernel_for(device: torch.device) -> Callable[..., None]:
+    """Load and remember the scheduler for a device; modules of every dtype hold the same one.
+
+    Raises
+    ------
+    NotImplementedError
+        When no kernel runs on the device, or no module is built and none can be.
+    """
+    function = _metadata_kernels.get(device)
+    if function is None:
+        capability = _capability(device)
+        (head_dim_qk, head_dim_v), page_block_size = HEAD_DIMS[0], PAGE_BLOCK_SIZES[0]
+        candidates = [
+            select_spec(
+                device_type=device.type,
+                capability=capability,
+                dtype=dtype,
+                head_dim_qk=head_dim_qk,
+                head_dim_v=head_dim_v,
+                page_block_size=page_block_size,
+            )
+            for dtype in DTYPES
+        ]
+        _refuse_capture(device, "get_mla_metadata")
+        # Prefer what is open, then what is built, before generating one for this alone.
+        chosen = next((spec for spec in candidates if spec in loaded_specs()), None)
+        if chosen is None:
+            chosen = next((spec for spec in candidates if find_module(spec) is not None), candidates[0])
+        function = _metadata_kernels[device] = load_module(chosen).get_mla_metadata
+    return function

@@ -1,0 +1,146 @@
+"""The schedule of a decode call: how many parts there are, and the tensors that say what each does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+
+from tilemla.launch import metadata_kernel_for, num_sms_of
+from tilemla.validate import METADATA_FIELDS, check_cache_seqlens, check_int
+
+# Rows of a query tile in the formula below, whatever tile a kernel uses.
+_SCHEDULING_BLOCK_M = 64
+
+
+class ScheduleConfig(NamedTuple):
+    """The call that a ``FlashMLASchedMeta`` was filled in by; later calls must be alike."""
+
+    batch_size: int
+    seq_len_q: int
+    num_heads_q: int
+    num_heads_k: int
+    page_block_size: int
+    causal: bool
+    device: torch.device
+
+
+@dataclasses.dataclass
+class FlashMLASchedMeta:
+    """A schedule that the first decode call fills in. Opaque: only pass it on.
+
+    It may be reused by calls with the same shapes and the same ``cache_seqlens``, such as those of a model's layers.
+    """
+
+    have_initialized: bool = False
+    config: ScheduleConfig | None = None
+    tile_scheduler_metadata: torch.Tensor | None = None
+    num_splits: torch.Tensor | None = None
+
+
+def num_sm_parts_for(num_sms: int, tokens_per_head_k: int, num_heads_k: int) -> int:
+    """How many parts a schedule has: a contract with callers who size buffers by it.
+
+    Parameters
+    ----------
+    num_sms : int
+        Multiprocessors of the device.
+    tokens_per_head_k : int
+        ``seq_len_q * num_heads_q // num_heads_k``, the rows of queries that share a KV head.
+    num_heads_k : int
+        KV heads.
+
+    Returns
+    -------
+    int
+        ``max(num_sms // num_heads_k // ceil(tokens_per_head_k / 64), 1)``
+    """
+    return max(num_sms // num_heads_k // -(-tokens_per_head_k // _SCHEDULING_BLOCK_M), 1)
+
+
+def make_schedule(cache_seqlens: torch.Tensor, num_sm_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a schedule where ``cache_seqlens`` is, without a host round trip.
+
+    Parameters
+    ----------
+    cache_seqlens : Tensor, (batch_size,), int32
+        Tokens of each request; checked already.
+    num_sm_parts : int
+        Parts to spread the requests over.
+
+    Returns
+    -------
+    tile_scheduler_metadata : Tensor, (num_sm_parts, 8), int32
+    num_splits : Tensor, (batch_size + 1,), int32
+        Exclusive prefix sum of the requests' split counts.
+    """
+    batch_size = cache_seqlens.shape[0]
+    device = cache_seqlens.device
+    if batch_size == 0:
+        # Idle parts: begin_request = batch_size, end_request (inclusive) = batch_size - 1.
+        idle = torch.zeros((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
+        idle[:, 1] = -1
+        return idle, torch.zeros(1, dtype=torch.int32, device=device)
+    tile_scheduler_metadata = torch.empty((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
+    num_splits = torch.empty(batch_size + 1, dtype=torch.int32, device=device)
+    metadata_kernel_for(device)(cache_seqlens, tile_scheduler_metadata, num_splits)
+    return tile_scheduler_metadata, num_splits
+
+
+def get_mla_metadata(
+    cache_seqlens: torch.Tensor | None = None,
+    num_q_tokens_per_head_k: int | None = None,
+    num_heads_k: int | None = None,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
+) -> tuple[Any, Any]:
+    """Plan a decode call: the first two of its last arguments.
+
+    Two forms, as in FlashMLA's history. Without arguments the plan is made by the first decode call that gets it;
+    with arguments it is made now, on the device of ``cache_seqlens``.
+
+    Parameters
+    ----------
+    cache_seqlens : Tensor, (batch_size,), int32, optional
+        Tokens of each request in the cache.
+    num_q_tokens_per_head_k : int, optional
+        ``seq_len_q * num_heads_q // num_heads_k``.
+    num_heads_k : int, optional
+        KV heads.
+    num_heads_q : int, optional
+        Accepted for upstream's sake; the plan does not depend on it.
+    is_fp8_kvcache : bool
+        Must be False.
+    topk : int, optional
+        Must be None.
+
+    Returns
+    -------
+    (FlashMLASchedMeta, None)
+        When called without arguments.
+    (Tensor, Tensor)
+        When called with arguments: ``tile_scheduler_metadata`` ``(num_sm_parts, 8)`` int32 and ``num_splits``
+        ``(batch_size + 1,)`` int32. ``num_sm_parts`` depends on the device and the two integers alone, never on batch
+        or lengths, and is ``max(SMs // num_heads_k // ceil(num_q_tokens_per_head_k / 64), 1)``; a CPU counts as 8 SMs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On an argument that does not fit, naming it and what it got.
+    NotImplementedError
+        For fp8 or sparse caches, and devices without kernels.
+    """
+    if is_fp8_kvcache:
+        raise NotImplementedError(f"is_fp8_kvcache must be False: there is no fp8 kernel, got {is_fp8_kvcache!r}")
+    if topk is not None:
+        raise NotImplementedError(f"topk must be None: there is no sparse kernel, got {topk!r}")
+    if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
+        return FlashMLASchedMeta(), None
+    lengths = check_cache_seqlens(cache_seqlens)
+    tokens_per_head_k = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
+    heads_k = check_int("num_heads_k", num_heads_k, 1)
+    if num_heads_q is not None:
+        check_int("num_heads_q", num_heads_q, 1)
+    return make_schedule(lengths, num_sm_parts_for(num_sms_of(lengths.device), tokens_per_head_k, heads_k))

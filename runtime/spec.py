@@ -1,0 +1,135 @@
+"""What a module is specialised on. Standard library only: every room of the house shares these words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+ARCHS = ("sm_90a", "cpu")
+DTYPES = ("bfloat16", "float16")
+KV_FORMATS = ("dense",)
+# (head_dim_qk, head_dim_v); the rope part of a key is the difference.
+HEAD_DIMS = ((576, 512),)
+PAGE_BLOCK_SIZES = (64,)
+# Rows of a query tile: wgmma multiplies 64 rows at a time, a CPU core keeps fewer rows in its cache.
+BLOCK_M = {"sm_90a": 64, "cpu": 16}
+
+_SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec:
+    """The constants of one generated module; all other sizes are run-time arguments.
+
+    Parameters
+    ----------
+    arch : str
+        ``"sm_90a"`` or ``"cpu"``.
+    dtype : str
+        Of queries, cache and output: ``"bfloat16"`` or ``"float16"``.
+    kv_format : str
+        Layout of the cache; ``"dense"`` is ``(num_blocks, page_block_size, num_heads_k, head_dim_qk)`` of ``dtype``.
+    head_dim_qk : int
+        Elements of a query or key: ``head_dim_v`` plus the rope part.
+    head_dim_v : int
+        Elements of a value, the leading part of the key.
+    page_block_size : int
+        Tokens in a page of the cache.
+    block_m : int
+        Rows of a query tile; 0 takes the one that the architecture's programs are written for.
+    """
+
+    arch: str = "sm_90a"
+    dtype: str = "bfloat16"
+    kv_format: str = "dense"
+    head_dim_qk: int = 576
+    head_dim_v: int = 512
+    page_block_size: int = 64
+    block_m: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_m == 0:
+            object.__setattr__(self, "block_m", BLOCK_M.get(self.arch, 64))
+
+    @property
+    def name(self) -> str:
+        """A readable name, unique among specs; the stem of the module's file names."""
+        dtype = _SHORT_DTYPE.get(self.dtype, self.dtype)
+        return (
+            f"mla_decode_{self.arch}_{dtype}_{self.kv_format}_d{self.head_dim_qk}_v{self.head_dim_v}"
+            f"_p{self.page_block_size}_m{self.block_m}"
+        )
+
+    @property
+    def head_dim_rope(self) -> int:
+        """Elements of the rope part: ``head_dim_qk - head_dim_v``."""
+        return self.head_dim_qk - self.head_dim_v
+
+    def why_invalid(self) -> str | None:
+        """The one validity predicate.
+
+        Returns
+        -------
+        str or None
+            None when there is a tile program for this spec, else the first reason why there is none, with the
+            received value.
+        """
+        if self.arch not in ARCHS:
+            return f"arch must be one of {', '.join(ARCHS)}, got {self.arch!r}"
+        if self.dtype not in DTYPES:
+            return f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
+        if self.kv_format not in KV_FORMATS:
+            return f"kv_format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format!r}"
+        if (self.head_dim_qk, self.head_dim_v) not in HEAD_DIMS:
+            return f"(head_dim_qk, head_dim_v) must be (576, 512), got ({self.head_dim_qk}, {self.head_dim_v})"
+        if self.page_block_size not in PAGE_BLOCK_SIZES:
+            return f"page_block_size must be 64, got {self.page_block_size}"
+        if self.block_m != BLOCK_M[self.arch]:
+            return f"block_m must be {BLOCK_M[self.arch]} on {self.arch}, got {self.block_m}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> KernelSpec:
+        """Make a spec of what ``to_dict`` gave.
+
+        Raises
+        ------
+        ValueError
+            On a field that is unknown or of the wrong type.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for key, value in fields.items():
+            if key not in known:
+                raise ValueError(f"spec has no field {key!r}; its fields are {', '.join(known)}")
+            expected = type(known[key].default)
+            if type(value) is not expected:
+                raise ValueError(f"spec field {key} must be {expected.__name__}, got {value!r}")
+        return cls(**fields)
+
+
+# What building ahead of time builds and what generating on demand may generate: the same list.
+SUPPORTED_SPECS: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(arch=arch, dtype=dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, page_block_size=page_block_size)
+    for arch in ARCHS
+    for dtype in DTYPES
+    for head_dim_qk, head_dim_v in HEAD_DIMS
+    for page_block_size in PAGE_BLOCK_SIZES
+)
+
+
+def iter_specs(arch: str | None = None, dtype: str | None = None) -> Iterator[KernelSpec]:
+    """The supported specs, in a fixed order.
+
+    Parameters
+    ----------
+    arch, dtype : str, optional
+        Keep only the specs of this architecture or dtype.
+    """
+    for spec in SUPPORTED_SPECS:
+        if arch in (None, spec.arch) and dtype in (None, spec.dtype):
+            yield spec

@@ -1,0 +1,52 @@
+"""What every test gets: a seed of its own, the devices of this machine, and a cache inside the checkout."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Modules that tests generate are kept beside the checkout's other caches, so that the next run finds them.
+os.environ.setdefault("TILEMLA_CACHE_DIR", str(ROOT / ".cache" / "tilemla"))
+
+_COMMON = dict(
+    deadline=None,  # the first example of a process may build a module
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("default", max_examples=60, **_COMMON)
+hypothesis.settings.register_profile("quick", max_examples=10, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=1000, **(_COMMON | {"derandomize": False}))
+hypothesis.settings.load_profile("default")
+
+
+def has_sm90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def pytest_collection_modifyitems(items):
+    if not has_sm90():
+        skip = pytest.mark.skip(reason="needs a GPU of compute capability 9.0")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def seed(request):
+    """The same in every run and process, another for each test."""
+    return int.from_bytes(hashlib.sha256(request.node.nodeid.encode()).digest()[:4], "little")
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed):
+    torch.manual_seed(seed)

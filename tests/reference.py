@@ -1,0 +1,187 @@
+"""What is right: decode in float64, how far a result may be from it, and what makes a schedule a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """An element passes by its absolute or by its relative error; the cosine difference is that of the whole tensor.
+
+    `unit_roundoff` is that of the dtype in which probabilities are multiplied with values.
+    """
+
+    out_abs: float
+    out_rel: float
+    out_cosine_difference: float
+    lse_abs: float
+    lse_rel: float
+    unit_roundoff: float
+
+
+# FlashMLA's, in tests/test_flash_mla_dense_decoding.py.
+TOLERANCES = {
+    torch.bfloat16: Tolerance(8e-4, 2.01 / 128, 5e-6, 1e-6, 8.01 / 65536, 2.0**-9),
+    torch.float16: Tolerance(8e-4, 2.01 / 128, 5e-6, 1e-6, 8.01 / 65536, 2.0**-11),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The right result in float64, beside the magnitudes that rounding errors scale with.
+
+    out, out_magnitude : (batch_size, seq_len_q, num_heads_q, head_dim_v)
+        The output, and the same sum over absolute values.
+    lse, score_magnitude : (batch_size, num_heads_q, seq_len_q)
+        The natural log-sum-exp, and a bound on the absolute products that a score sums.
+    """
+
+    out: torch.Tensor
+    out_magnitude: torch.Tensor
+    lse: torch.Tensor
+    score_magnitude: torch.Tensor
+
+
+def decode_reference(q, k_cache, block_table, cache_seqlens, head_dim_v=512, *, causal=False, softmax_scale=None):
+    """Attend by walking block_table; slots and table entries past cache_seqlens are not touched.
+
+    Parameters are those of ``flash_mla_with_kvcache``, on any device. Returns a Reference on that device.
+    """
+    batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
+    _, page_block_size, num_heads_k, _ = k_cache.shape
+    group = num_heads_q // num_heads_k
+    scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
+    like = dict(dtype=torch.float64, device=q.device)
+    out = torch.zeros((batch_size, seq_len_q, num_heads_q, head_dim_v), **like)
+    out_magnitude = torch.zeros_like(out)
+    lse = torch.full((batch_size, num_heads_q, seq_len_q), math.inf, **like)
+    score_magnitude = torch.zeros_like(lse)
+    for request, length in enumerate(cache_seqlens.tolist()):
+        if length == 0:
+            continue
+        pages = block_table[request, : -(-length // page_block_size)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].double().transpose(0, 1)  # (num_heads_k, length, head_dim_qk)
+        # Rows of a KV head are (query, head of the group), as in (seq_len_q, num_heads_k, group, head_dim_qk).
+        queries = q[request].double().view(seq_len_q, num_heads_k, group, head_dim_qk).transpose(0, 1).flatten(1, 2)
+        scores = queries @ keys.transpose(1, 2) * scale  # (num_heads_k, seq_len_q * group, length)
+        if causal:
+            visible = length - seq_len_q + 1 + torch.arange(seq_len_q, device=q.device).repeat_interleave(group)
+            scores.masked_fill_(torch.arange(length, device=q.device) >= visible[:, None], -math.inf)
+        row_lse = scores.logsumexp(-1)
+        sees_a_key = torch.isfinite(row_lse)
+        probabilities = torch.exp(scores - torch.where(sees_a_key, row_lse, 0.0)[..., None])
+        values = keys[..., :head_dim_v]
+        magnitude = abs(scale) * queries.norm(dim=-1) * keys.norm(dim=-1).amax(-1, keepdim=True)
+
+        def heads_first(rows):
+            return rows.view(num_heads_k, seq_len_q, group).transpose(1, 2).reshape(num_heads_q, seq_len_q)
+
+        def heads_last(rows):
+            rows = rows.view(num_heads_k, seq_len_q, group, head_dim_v).transpose(0, 1)
+            return rows.reshape(seq_len_q, num_heads_q, head_dim_v)
+
+        out[request] = heads_last(probabilities @ values)
+        out_magnitude[request] = heads_last((probabilities.float() @ values.abs().float()).double())
+        lse[request] = heads_first(torch.where(sees_a_key, row_lse, math.inf))
+        score_magnitude[request] = heads_first(magnitude)
+    return Reference(out, out_magnitude, lse, score_magnitude)
+
+
+def cosine_difference(actual, expected):
+    """``1 - 2<a, e> / (<a, a> + <e, e>)``; 0 where there is nothing to compare."""
+    if not expected.numel() or float((expected * expected).sum()) < 1e-12:
+        return 0.0
+    return 1.0 - float(2 * (actual * expected).sum() / (actual * actual + expected * expected).sum())
+
+
+def _check_elements(name, actual, expected, abs_tolerance, rel_tolerance):
+    error = (actual - expected).abs()
+    # Negated, so that a NaN fails.
+    passes = (error < abs_tolerance) | (error < rel_tolerance * (expected.abs() + 1e-6))
+    if not bool(passes.all()):
+        index = tuple(torch.nonzero(~passes)[0].tolist())
+        raise AssertionError(
+            f"{name}: {int((~passes).sum())} of {passes.numel()} elements are wrong; {name}{list(index)} is "
+            f"{float(actual[index])}, expected {float(expected[index])}"
+        )
+
+
+def check_out(out, reference, dtype=None):
+    """Raise AssertionError unless `out` is right for inputs of its dtype (or `dtype`)."""
+    tolerance = TOLERANCES[dtype or out.dtype]
+    assert out.shape == reference.out.shape, f"out has shape {tuple(out.shape)}, not {tuple(reference.out.shape)}"
+    actual = out.double()
+    # FlashMLA's bound is made for values of about 0.1. Larger ones may cancel in a sum whose terms were each rounded
+    # to the dtype, as probabilities are before they enter a tensor core: once in the sum, once in its norm.
+    abs_tolerance = (2 * tolerance.unit_roundoff * reference.out_magnitude).clamp(min=tolerance.out_abs)
+    _check_elements("out", actual, reference.out, abs_tolerance, tolerance.out_rel)
+    difference = cosine_difference(actual, reference.out)
+    assert abs(difference) < tolerance.out_cosine_difference, f"out: cosine difference {difference}"
+
+
+def check_lse(lse, reference, dtype):
+    """Raise AssertionError unless `lse` is right for inputs of `dtype`: +inf exactly where no key is seen."""
+    tolerance = TOLERANCES[dtype]
+    assert lse.dtype == torch.float32, f"lse is {lse.dtype}, not float32"
+    assert lse.shape == reference.lse.shape, f"lse has shape {tuple(lse.shape)}, not {tuple(reference.lse.shape)}"
+    actual, expected = lse.double(), reference.lse
+    is_empty = torch.isposinf(expected)
+    assert torch.equal(torch.isposinf(actual), is_empty), "lse must be +inf for the rows that see no key, and no others"
+    # Where terms of a score cancel, fp32 cannot know it better than to a rounding of those terms.
+    abs_tolerance = (2.0**-23 * reference.score_magnitude).clamp(min=tolerance.lse_abs)
+    actual, expected = (torch.where(is_empty, 0.0, tensor) for tensor in (actual, expected))
+    _check_elements("lse", actual, expected, abs_tolerance, tolerance.lse_rel)
+
+
+def check_result(out, lse, reference, dtype=None):
+    """Raise AssertionError unless both results of a decode call are right."""
+    check_out(out, reference, dtype)
+    check_lse(lse, reference, dtype or out.dtype)
+
+
+def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=64):
+    """Raise AssertionError unless a schedule covers every block of every request exactly once and says so.
+
+    Takes NumPy int32 arrays ``(num_sm_parts, 8)``, ``(batch_size + 1,)`` or longer, and ``(batch_size,)``; returns the
+    pieces, a list per request of ``(part, begin_block, end_block)``.
+    """
+    batch_size = len(cache_seqlens)
+    num_blocks = [-(-max(int(length), 0) // block_n) for length in cache_seqlens]
+    pieces = [[] for _ in range(batch_size)]
+    split_flags = [[] for _ in range(batch_size)]
+    for part, row in enumerate(np.asarray(tile_scheduler_metadata).tolist()):
+        begin, end_inclusive, begin_block, end_block, begin_split, first_is_split, last_is_split, reserved = row
+        where = f"part {part}: {row}"
+        assert reserved == 0, where
+        if begin > end_inclusive:
+            assert row == [batch_size, batch_size - 1, 0, 0, 0, 0, 0, 0], f"{where} is idle, but not written as such"
+            continue
+        assert 0 <= begin <= end_inclusive < batch_size, where
+        assert begin < end_inclusive or first_is_split == last_is_split, f"{where}: one request, two answers"
+        assert begin_split == len(pieces[begin]), f"{where}: the request has {len(pieces[begin])} pieces before it"
+        for request in range(begin, end_inclusive + 1):
+            first = begin_block if request == begin else 0
+            end = end_block if request == end_inclusive else num_blocks[request]
+            pieces[request].append((part, first, end))
+            flag = first_is_split if request == begin else last_is_split if request == end_inclusive else 0
+            split_flags[request].append(flag)
+    total = 0
+    for request in range(batch_size):
+        where = f"request {request} of {num_blocks[request]} blocks is cut into {pieces[request]}"
+        assert pieces[request], where
+        at = 0
+        for _, first, end in pieces[request]:
+            assert first == at and (end > first or num_blocks[request] == 0), where
+            at = end
+        assert at == num_blocks[request], where
+        count = len(pieces[request])
+        assert all(flag == (count > 1) for flag in split_flags[request]), f"{where}, flags {split_flags[request]}"
+        assert num_splits[request] == total, f"num_splits[{request}] is {num_splits[request]}, expected {total}"
+        total += count
+    assert num_splits[batch_size] == total, f"num_splits[{batch_size}] is {num_splits[batch_size]}, expected {total}"
+    return pieces

@@ -1,0 +1,114 @@
+"""What is installed, what an import costs, and that no room reaches into another."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import tilemla
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_lazy():
+    heavy = run(
+        "import sys, tilemla, tilemla.spec; "
+        "print([name for name in ('torch', 'numpy', 'tvm_ffi', 'tilelang', 'tvm', 'z3') if name in sys.modules])"
+    )
+    assert heavy == "[]"
+
+
+def test_public_names():
+    assert tilemla.__version__ == PYPROJECT["project"]["version"]
+    for name in tilemla.__all__:
+        assert getattr(tilemla, name) is not None
+        assert name in dir(tilemla)
+    with pytest.raises(AttributeError, match="has no attribute 'flash_mla'"):
+        tilemla.flash_mla  # noqa: B018
+
+
+def test_no_stray_top_level_modules():
+    found = run(
+        "import importlib.util as u; "
+        "print([name for name in ('runtime', 'dsl', 'codegen', 'tuning_logs') if u.find_spec(name)])"
+    )
+    assert found == "[]"
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"tilemla.{alias.name}" for alias in node.names) if node.module == "tilemla" else [node.module]
+
+
+# What a room may import, beside the standard library and itself.
+ROOMS = {
+    "runtime": {"torch", "numpy", "tvm_ffi", "filelock", "platformdirs"},
+    "dsl": {"tilelang"},
+    "codegen": {"tilelang", "tvm", "tvm_ffi", "numpy", "click", "tqdm"},
+    "tuning_logs": set(),
+}
+SHARED = {"tilemla.spec", "tilemla.manifest", "tilemla.source_key", "tilemla.env"}
+TILEMLA_ROOMS = {
+    "runtime": set(),
+    "dsl": {"tilemla.spec", "tilemla.dsl"},
+    "codegen": {
+        "tilemla.dsl",
+        "tilemla.codegen",
+        "tilemla.spec",
+        "tilemla.manifest",
+        "tilemla.source_key",
+        "tilemla.env",
+    },
+    "tuning_logs": set(),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports(room):
+    for path in (ROOT / room).glob("*.py"):
+        for name in imports_of(path):
+            top = name.partition(".")[0]
+            if top == "tilemla" and room == "runtime":
+                assert not name.startswith(("tilemla.dsl", "tilemla.codegen")), f"{path} imports {name}"
+            elif top == "tilemla":
+                allowed = TILEMLA_ROOMS[room]
+                assert any(name == door or name.startswith(door + ".") for door in allowed), f"{path} imports {name}"
+            else:
+                assert top in sys.stdlib_module_names or top in ROOMS[room], f"{path} imports {name}"
+
+
+def test_spec_is_standard_library_only():
+    for name in imports_of(ROOT / "runtime" / "spec.py"):
+        assert name.partition(".")[0] in sys.stdlib_module_names
+
+
+def test_environment_is_read_in_one_file():
+    readers = [
+        path.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for path in (ROOT / room).glob("*.py")
+        if any(word in path.read_text() for word in ("os.environ", "getenv"))
+    ]
+    assert readers == ["runtime/env.py"]
+
+
+def test_every_package_is_listed():
+    listed = PYPROJECT["tool"]["setuptools"]["package-dir"]
+    assert set(listed.values()) == set(ROOMS)
+    assert set(listed) == set(PYPROJECT["tool"]["setuptools"]["packages"])
+    for room in ROOMS:
+        assert (ROOT / room / "__init__.py").is_file()
+        assert not [path for path in (ROOT / room).iterdir() if path.is_dir() and path.name != "__pycache__"]

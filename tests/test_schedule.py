@@ -1,0 +1,122 @@
+"""The schedule covers each request's blocks exactly once, for any batch and any number of parts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import tilemla
+from reference import check_schedule
+from tilemla.launch import metadata_kernel_for
+
+BLOCK_N = 64
+OVERHEAD_BLOCKS = 5
+
+
+def make_schedule(lengths, num_sm_parts, device):
+    """Run the generated scheduler on poisoned outputs."""
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
+    num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
+    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits)
+    return metadata.cpu().numpy(), num_splits.cpu().numpy()
+
+
+def part_costs(pieces, num_sm_parts):
+    costs = np.zeros(num_sm_parts, dtype=np.int64)
+    for of_request in pieces:
+        for part, first, end in of_request:
+            costs[part] += end - first + OVERHEAD_BLOCKS
+    return costs
+
+
+lengths_strategy = st.lists(
+    st.one_of(st.sampled_from((0, 1, 63, 64, 65, 128)), st.integers(0, 2000), st.integers(0, 200_000)), max_size=40
+)
+
+
+@given(lengths=lengths_strategy, num_sm_parts=st.one_of(st.integers(1, 12), st.integers(1, 160)))
+@example(lengths=[0], num_sm_parts=1)
+@example(lengths=[0] * 7, num_sm_parts=3)
+@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132)
+@example(lengths=[1], num_sm_parts=132)
+@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2)
+@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132)
+@settings(max_examples=300)
+def test_every_block_is_covered_once(device, lengths, num_sm_parts):
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device)
+    pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N)
+    num_blocks = sum(-(-length // BLOCK_N) for length in lengths)
+    share = -(-(num_blocks + OVERHEAD_BLOCKS * len(lengths)) // num_sm_parts)
+    costs = part_costs(pieces, num_sm_parts)
+    # Balanced: an equal share, and what cutting one request adds.
+    assert costs.max(initial=0) <= share + OVERHEAD_BLOCKS
+    # The partial buffers, of batch_size + num_sm_parts slots, are large enough.
+    assert num_splits[-1] < len(lengths) + num_sm_parts or num_splits[-1] == len(lengths)
+
+
+@pytest.mark.parametrize("batch_size", [1023, 1024, 1025, 5000])
+def test_large_batch(device, batch_size):
+    """Lengths pass through the GPU's shared memory in chunks; the walk goes on across them."""
+    lengths = np.random.default_rng(batch_size).integers(0, 3000, batch_size).tolist()
+    metadata, num_splits = make_schedule(lengths, 132, device)
+    check_schedule(metadata, num_splits, lengths, BLOCK_N)
+
+
+def test_more_parts_than_work_leaves_idle_parts(device):
+    metadata, num_splits = make_schedule([64, 64], 132, device)
+    check_schedule(metadata, num_splits, [64, 64], BLOCK_N)
+    assert num_splits.tolist() == [0, 1, 2]
+    assert metadata[2:].tolist() == [[2, 1, 0, 0, 0, 0, 0, 0]] * 130
+
+
+def test_one_part_splits_nothing(device):
+    lengths = [100_000, 0, 1, 70]
+    metadata, num_splits = make_schedule(lengths, 1, device)
+    assert metadata.tolist() == [[0, 3, 0, 2, 0, 0, 0, 0]]
+    assert num_splits.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_long_request_is_shared_by_all_parts(device):
+    metadata, num_splits = make_schedule([64 * 1000], 8, device)
+    pieces = check_schedule(metadata, num_splits, [64 * 1000], BLOCK_N)
+    assert len(pieces[0]) == 8
+    assert max(end - first for _, first, end in pieces[0]) == 126
+
+
+def test_shape_depends_on_integers_alone(device):
+    """Callers size buffers by it: neither batch nor lengths may change the number of parts."""
+    shapes = {
+        tuple(tilemla.get_mla_metadata(torch.tensor(lengths, dtype=torch.int32, device=device), 16, 1)[0].shape)
+        for lengths in ([], [0], [1, 2, 3], [100_000] * 3)
+    }
+    assert len(shapes) == 1
+
+
+def break_schedule(name, metadata, num_splits):
+    if name == "a block left out":
+        metadata[0, 3] -= 1
+    elif name == "a block twice":
+        metadata[1, 2] -= 1
+    elif name == "wrong slot":
+        metadata[1, 4] += 1
+    elif name == "not marked as split":
+        metadata[0, 6] = 0
+    elif name == "wrong prefix":
+        num_splits[1] += 1
+    else:
+        metadata[-1] = -12345
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a block left out", "a block twice", "wrong slot", "not marked as split", "wrong prefix", "a row not written"],
+)
+def test_checker_sees_a_broken_schedule(name):
+    lengths = [64, 64 * 100]
+    metadata, num_splits = make_schedule(lengths, 3, torch.device("cpu"))
+    check_schedule(metadata, num_splits, lengths, BLOCK_N)
+    break_schedule(name, metadata, num_splits)
+    with pytest.raises(AssertionError):
+        check_schedule(metadata, num_splits, lengths, BLOCK_N)
