@@ -31,8 +31,8 @@ def is_visible(key, cache_seqlen, row, group_size, seq_len_q, causal) -> Any:
 
     Causal masking (`causal` is 1, else 0) is aligned to the end of the cache: query i sees the keys below
     ``cache_seqlen - seq_len_q + i + 1``. With ``i = row // group_size`` that is
-    ``(key - cache_seqlen + seq_len_q) * group_size <= row``, which needs no division. Ask only about keys of a block that
-    `needs_mask`: further back the product may overflow.
+    ``(key - cache_seqlen + seq_len_q) * group_size <= row``, which needs no division. Ask only about keys of a block
+    that `needs_mask`: further back the product may overflow.
     """
     seq_len = 1 + causal * (seq_len_q - 1)
     step = 1 + causal * (group_size - 1)

@@ -57,8 +57,9 @@ def make_decode_program(spec) -> Program:
         block_table (b, max_num_blocks_per_seq), cache_seqlens (b,), tile_scheduler_metadata (num_sm_parts, 8),
         num_splits (b + 1 or longer,), out (b, h_k, rows, head_dim_v), softmax_lse (b, h_k, rows),
         out_accum (max_num_splits, h_k, rows, head_dim_v), lse_accum_log2 (max_num_splits, h_k, rows),
-        softmax_scale_log2, seq_len_q, group_size, causal)`` with ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a
-        last stride of 1. bfloat16 tensors are declared uint16.
+        softmax_scale_log2, seq_len_q, group_size, causal)`` with
+        ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a last stride of 1. bfloat16 tensors
+        are declared uint16.
     """
     dtype = spec.dtype
     storage = "uint16" if dtype == "bfloat16" else dtype

@@ -30,9 +30,11 @@ def make_combine(head_dim_v: int, accum: str):
 
     @T.macro
     def combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes):
-        with T.Kernel(
-            T.ceildiv(sizes.rows, _WARPS), sizes.num_heads_k, sizes.batch_size, threads=_WARPS * _LANES
-        ) as (row_block, head, request):
+        with T.Kernel(T.ceildiv(sizes.rows, _WARPS), sizes.num_heads_k, sizes.batch_size, threads=_WARPS * _LANES) as (
+            row_block,
+            head,
+            request,
+        ):
             # Not split, nothing to wait for: num_splits is older than the decode kernel.
             if needs_combine(num_splits, request):
                 T.pdl_sync()
@@ -57,7 +59,8 @@ def make_combine(head_dim_v: int, accum: str):
                         merged[i] = 0
                     for k in T.serial(count):
                         weight = T.alloc_var(
-                            accum, init=split_weight(lse_accum_log2[first + k, head, row], most) * inverse_sum(weight_sum)
+                            accum,
+                            init=split_weight(lse_accum_log2[first + k, head, row], most) * inverse_sum(weight_sum),
                         )
                         for i in T.unroll(chunks):
                             for v in T.vectorized(_VECTOR):

@@ -1,0 +1,1 @@
+"""Tile programs for sm_90a: TMA, wgmma, warpgroups with roles."""

@@ -1,0 +1,166 @@
+"""Dense paged split-KV MLA decode for sm_90a: TMA page loads, wgmma, a persistent walk of the schedule.
+
+A CTA of three warpgroups walks the requests of one part of the schedule, for one tile of 64 query rows and one KV head:
+
+- the score warpgroup multiplies Q, most of which it holds in registers, with a page, takes the online softmax and hands
+  P over through the rope columns of the page's stage, which are dead by then (`score`);
+- two output warpgroups multiply P with the left and the right 256 columns of the page and hold the output tile (`output`);
+- one warp of the right output warpgroup issues every TMA load, three items ahead (`load`).
+
+Q tiles go through the same ring of three stages as the pages, so that the next request is loading while the last one is
+written out. The combine kernel is launched under the tail of this one (`combine`).
+"""
+
+from types import SimpleNamespace
+
+import tilelang.language as T
+
+from tilemla.dsl.program import Program
+from tilemla.dsl.schedule import read_part
+from tilemla.dsl.sm90.combine import make_combine
+from tilemla.dsl.sm90.load import CURSOR_SIZE
+from tilemla.dsl.sm90.output import make_output_warpgroup
+from tilemla.dsl.sm90.score import make_score_warpgroup
+from tilemla.dsl.sm90.tile import (
+    HALF,
+    K_STEP,
+    LEFT_BARRIER,
+    NUM_STAGES,
+    NUM_THIRDS,
+    NUM_THREADS,
+    OUTPUT_REGISTERS,
+    Q_STEPS_IN_REGISTERS,
+    RIGHT_BARRIER,
+    ROWS,
+    SCORE_REGISTERS,
+    WARPGROUP,
+)
+
+# The schedule is written by hand, and every index is in bounds by construction (rows are guarded where they are stored).
+PASS_CONFIG = {
+    "tl.disable_warp_specialized": True,
+    "tl.disable_thread_storage_sync": True,
+    "tl.disable_data_race_check": True,
+    "tl.disable_safe_memory_legalize": True,
+    "tl.enable_fast_math": True,
+}
+
+
+def make_decode_program(spec) -> Program:
+    """Make the split-KV decode and combine kernels of a spec.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+        Of architecture ``"sm_90a"``.
+
+    Returns
+    -------
+    Program
+        ``mla_decode``, of the parameters that ``tilemla.dsl.make_programs`` lists.
+    """
+    dtype, accum = spec.dtype, "float32"
+    block_n, head_dim_v, head_dim_qk = spec.page_block_size, spec.head_dim_v, spec.head_dim_qk
+    num_tail_steps = head_dim_qk // K_STEP - Q_STEPS_IN_REGISTERS
+    b, h_k, rows, num_blocks, max_num_blocks_per_seq = T.dynamic("b, h_k, rows, num_blocks, max_num_blocks_per_seq")
+    num_sm_parts, len_num_splits, max_num_splits = T.dynamic("num_sm_parts, len_num_splits, max_num_splits")
+    q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
+    k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
+    table_stride_b = T.dynamic("table_stride_b")
+    score_warpgroup = make_score_warpgroup(dtype, block_n, head_dim_qk, head_dim_v)
+    output_warpgroup = make_output_warpgroup(block_n, head_dim_qk, head_dim_v)
+    combine = make_combine(head_dim_v, accum)
+    sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
+
+    @T.prim_func
+    def mla_decode(
+        q: T.StridedTensor((b, h_k, rows, head_dim_qk), (q_stride_b, q_stride_h, q_stride_row, 1), dtype),
+        kcache: T.StridedTensor(
+            (num_blocks, block_n, h_k, head_dim_qk), (k_stride_page, k_stride_token, k_stride_h, 1), dtype
+        ),
+        block_table: T.StridedTensor((b, max_num_blocks_per_seq), (table_stride_b, 1), "int32"),
+        cache_seqlens: T.Tensor((b,), "int32"),
+        tile_scheduler_metadata: T.Tensor((num_sm_parts, 8), "int32"),
+        num_splits: T.Tensor((len_num_splits,), "int32"),
+        out: T.Tensor((b, h_k, rows, head_dim_v), dtype),
+        softmax_lse: T.Tensor((b, h_k, rows), accum),
+        out_accum: T.Tensor((max_num_splits, h_k, rows, head_dim_v), accum),
+        lse_accum_log2: T.Tensor((max_num_splits, h_k, rows), accum),
+        softmax_scale_log2: T.float32,
+        seq_len_q: T.int32,
+        group_size: T.int32,
+        causal: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(rows, ROWS), h_k, num_sm_parts, threads=NUM_THREADS) as (tile_index, head, part_index):
+            kv = T.alloc_shared((NUM_STAGES, block_n, head_dim_qk), dtype)
+            q_tail = T.alloc_shared((num_tail_steps * ROWS * K_STEP,), dtype)
+            alpha = T.alloc_shared((2, ROWS), accum, scope="shared")
+            inverse_sums = T.alloc_shared((ROWS,), accum, scope="shared")
+            tile = T.alloc_shared((2,), "int32", scope="shared")
+            full = T.alloc_barrier([1] * NUM_THIRDS * NUM_STAGES)  # a warp loaded
+            empty = T.alloc_barrier([8] * NUM_STAGES)  # the warps that multiply with V are done
+            p_full = T.alloc_barrier([4] * NUM_STAGES)  # the warps that make P are done
+
+            tx = T.get_thread_binding()
+            row0 = tile_index * ROWS
+            part = read_part(tile_scheduler_metadata, part_index)
+            # The walk's bounds stay in registers, the rest of the row is read where it is wanted.
+            begin_request = part.begin_request
+            end_request_inclusive = part.end_request_inclusive
+            begin_block = part.begin_block
+            last_end_block = part.end_block
+            T.pdl_trigger()
+            if tx == 0:
+                tile[0] = row0
+                tile[1] = head
+            T.sync_threads()
+            t = SimpleNamespace(
+                q=q,
+                kcache=kcache,
+                block_table=block_table,
+                cache_seqlens=cache_seqlens,
+                num_splits=num_splits,
+                out=out,
+                softmax_lse=softmax_lse,
+                out_accum=out_accum,
+                lse_accum_log2=lse_accum_log2,
+                softmax_scale_log2=softmax_scale_log2,
+                causal=causal,
+                kv=kv,
+                q_tail=q_tail,
+                alpha=alpha,
+                inverse_sum=inverse_sums,
+                tile=tile,
+                full=full,
+                empty=empty,
+                p_full=p_full,
+                tx=tx,
+                row0=row0,
+                rows=rows,
+                head=head,
+                group_size=group_size,
+                seq_len_q=seq_len_q,
+                part=part._replace(
+                    begin_request=begin_request,
+                    end_request_inclusive=end_request_inclusive,
+                    begin_block=begin_block,
+                    end_block=last_end_block,
+                ),
+            )
+            if tx < WARPGROUP:
+                T.set_max_nreg(SCORE_REGISTERS, 1)
+                score_warpgroup(t)
+            elif tx < 2 * WARPGROUP:
+                T.set_max_nreg(OUTPUT_REGISTERS, 0)
+                left = T.alloc_fragment((ROWS, HALF), accum)
+                no_cursor = T.alloc_local((1,), "int32")
+                output_warpgroup(left, no_cursor, 0, LEFT_BARRIER, t)
+            else:
+                T.set_max_nreg(OUTPUT_REGISTERS, 0)
+                right = T.alloc_fragment((ROWS, HALF), accum)
+                cursor = T.alloc_local((CURSOR_SIZE,), "int32")
+                output_warpgroup(right, cursor, HALF, RIGHT_BARRIER, t)
+
+        combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes)
+
+    return Program(mla_decode, PASS_CONFIG)

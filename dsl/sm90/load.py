@@ -1,0 +1,69 @@
+"""The loading warp: where it is in the walk, and one TMA load of the next item."""
+
+import tilelang.language as T
+
+from tilemla.dsl.attention import page_index
+from tilemla.dsl.schedule import end_block, first_block
+from tilemla.dsl.sm90.tile import NUM_THIRDS, ROWS, arrive_warp
+
+# The load cursor, a local int32 buffer: the next item to load. BLOCK is -1 when that is a Q tile; PAGE is read one item
+# ahead, so that the latency of the block table is hidden.
+REQUEST, BLOCK, END, PAGE, CURSOR_SIZE = range(5)
+
+
+def make_loader(block_n: int, head_dim_qk: int):
+    """Make the macros ``seek(cursor, t)`` and ``load(stage, parity, cursor, t)``.
+
+    Parameters
+    ----------
+    block_n : int
+        Tokens of a page.
+    head_dim_qk : int
+        Columns of an item.
+    """
+    third = head_dim_qk // NUM_THIRDS
+
+    @T.macro
+    def seek(cursor, t):
+        # To the Q tile of the first request from cursor[REQUEST] on that has blocks; past the last one if none has.
+        cursor[BLOCK] = -1
+        cursor[END] = 0
+        while (cursor[REQUEST] <= t.part.end_request_inclusive) & (cursor[END] == 0):
+            end = end_block(t.part, cursor[REQUEST], t.cache_seqlens[cursor[REQUEST]], block_n)
+            if end > first_block(t.part, cursor[REQUEST]):
+                cursor[END] = end
+            else:
+                cursor[REQUEST] += 1
+
+    @T.macro
+    def load(stage, parity, cursor, t):
+        if cursor[REQUEST] <= t.part.end_request_inclusive:
+            T.barrier_wait(t.empty[stage], parity)
+            if cursor[BLOCK] < 0:
+                for i in T.unroll(NUM_THIRDS):
+                    T.tma_copy(
+                        t.q[cursor[REQUEST], t.head, t.row0 : t.row0 + ROWS, i * third : i * third + third],
+                        t.kv[stage, :, i * third : i * third + third],
+                        barrier=t.full[stage * NUM_THIRDS + i],
+                        leader_scope_threads=32,
+                    )
+                    arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
+                cursor[BLOCK] = first_block(t.part, cursor[REQUEST])
+                cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
+            else:
+                for i in T.unroll(NUM_THIRDS):
+                    T.tma_copy(
+                        t.kcache[cursor[PAGE], 0:block_n, t.head, i * third : i * third + third],
+                        t.kv[stage, :, i * third : i * third + third],
+                        barrier=t.full[stage * NUM_THIRDS + i],
+                        leader_scope_threads=32,
+                    )
+                    arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
+                cursor[BLOCK] += 1
+                if cursor[BLOCK] < cursor[END]:
+                    cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
+                else:
+                    cursor[REQUEST] += 1
+                    seek(cursor, t)
+
+    return seek, load

@@ -1,0 +1,134 @@
+"""An output warpgroup: O (+)= P V for half of the columns, and the tile's way out."""
+
+import tilelang.language as T
+
+from tilemla.dsl.schedule import end_block, first_block, is_split, split_slot
+from tilemla.dsl.sm90.load import REQUEST, make_loader
+from tilemla.dsl.sm90.tile import (
+    HALF,
+    LOAD_WARP_END,
+    NUM_STAGES,
+    RIGHT_BARRIER,
+    ROWS,
+    WARPGROUP,
+    arrive_warp,
+    next_turn,
+    phase_of,
+    stage_of,
+)
+
+
+def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int):
+    """Make the macro ``output_warpgroup(acc, cursor, column, barrier_id, t)``.
+
+    ``acc`` is the (64, 256) accumulator, ``column`` its first output column, ``barrier_id`` the warpgroup's named barrier,
+    ``cursor`` the load cursor, used in the right warpgroup alone.
+
+    Parameters
+    ----------
+    block_n, head_dim_qk, head_dim_v : int
+        Tokens of a page, columns of a key and of a value.
+    """
+    accum = "float32"
+    seek, load = make_loader(block_n, head_dim_qk)
+
+    @T.macro
+    def scale_rows(acc, scale):
+        for i, j in T.Parallel(ROWS, HALF):
+            acc[i, j] = acc[i, j] * scale[i]
+
+    @T.macro
+    def clear_past_end(request, block, stage, column, barrier_id, t):
+        # P is 0 past the end of the sequence, but what lies there may be NaN.
+        if (block + 1) * block_n > t.cache_seqlens[request]:
+            for i, j in T.Parallel(block_n, HALF):
+                if block * block_n + i >= t.cache_seqlens[request]:
+                    t.kv[stage, i, column + j] = 0
+            T.fence_proxy_async()
+            T.sync_threads(barrier_id, WARPGROUP)
+
+    @T.macro
+    def write_tile(acc, request, is_empty, stage, column, barrier_id, t):
+        # Read here and not at the start, the coordinates keep ptxas from holding addresses in registers all along.
+        row0 = T.alloc_var("int32", init=t.tile[0])
+        head = T.alloc_var("int32", init=t.tile[1])
+        if is_split(t.part, request):
+            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+            for i, j in T.Parallel(ROWS, HALF):
+                if row0 + i < t.rows:
+                    t.out_accum[slot, head, row0 + i, column + j] = acc[i, j]
+        else:
+            if is_empty:
+                for i in T.serial(T.min(ROWS, t.rows - row0)):
+                    for j in T.Parallel(HALF):
+                        t.out[request, head, row0 + i, column + j] = 0
+            else:
+                # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
+                T.copy(acc, t.kv[stage, :, column : column + HALF])
+                T.fence_proxy_async()
+                T.sync_threads(barrier_id, WARPGROUP)
+                if t.tx % WARPGROUP < 32:
+                    T.tma_copy(
+                        t.kv[stage, :, column : column + HALF],
+                        t.out[request, head, row0 : row0 + ROWS, column : column + HALF],
+                        leader_scope_threads=32,
+                    )
+                    T.tma_store_wait(0)
+
+    @T.macro
+    def output_warpgroup(acc, cursor, column, barrier_id, t):
+        loads = barrier_id == RIGHT_BARRIER
+        scale = T.alloc_fragment((ROWS,), accum)
+        turn = T.alloc_var("int32", init=0)
+        row = t.tx % WARPGROUP // 32 * 16 + t.tx % 32 // 4
+        if loads:
+            if t.tx < LOAD_WARP_END:
+                cursor[REQUEST] = t.part.begin_request
+                seek(cursor, t)
+                for stage in T.serial(NUM_STAGES):
+                    load(stage, 1, cursor, t)
+        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
+            begin = T.alloc_var("int32", init=first_block(t.part, request))
+            end = T.alloc_var("int32", init=end_block(t.part, request, t.cache_seqlens[request], block_n))
+            T.fill(acc, 0)
+            if begin < end:
+                q_stage = stage_of(turn)
+                T.barrier_wait(t.p_full[q_stage], phase_of(turn))
+                arrive_warp(t.empty, q_stage, t.tx)
+                if loads:
+                    if t.tx < LOAD_WARP_END:
+                        load(q_stage, phase_of(turn), cursor, t)
+                turn = next_turn(turn)
+                for block in T.serial(begin, end):
+                    stage = stage_of(turn)
+                    T.barrier_wait(t.p_full[stage], phase_of(turn))
+                    if T.any_sync((t.alpha[block % 2, row] != 1.0) | (t.alpha[block % 2, row + 8] != 1.0)) != 0:
+                        for i in T.Parallel(ROWS):
+                            scale[i] = t.alpha[block % 2, i]
+                        scale_rows(acc, scale)
+                    if block == end - 1:
+                        clear_past_end(request, block, stage, column, barrier_id, t)
+                    T.wgmma_gemm(
+                        t.kv[stage, :, head_dim_v:head_dim_qk], t.kv[stage, :, column : column + HALF], acc
+                    )
+                    T.wait_wgmma(0)
+                    if block < end - 1:
+                        arrive_warp(t.empty, stage, t.tx)
+                        if loads:
+                            if t.tx < LOAD_WARP_END:
+                                load(stage, phase_of(turn), cursor, t)
+                        turn = next_turn(turn)
+                for i in T.Parallel(ROWS):
+                    scale[i] = t.inverse_sum[i]
+                scale_rows(acc, scale)
+            last_stage = stage_of(turn)
+            write_tile(acc, request, begin >= end, last_stage, column, barrier_id, t)
+            if begin < end:
+                T.sync_threads(barrier_id, WARPGROUP)
+                arrive_warp(t.empty, last_stage, t.tx)
+                if loads:
+                    if t.tx < LOAD_WARP_END:
+                        load(last_stage, phase_of(turn), cursor, t)
+                turn = next_turn(turn)
+
+    return output_warpgroup

@@ -1,0 +1,58 @@
+"""Sizes of the decode kernel's tile, and the ring that its warpgroups share.
+
+An *item* is what one stage of the ring holds: the Q tile of a request, then its pages, then the Q tile of the next
+request. Every warpgroup walks the same items in the same order, so a counter of its own tells it stage and phase.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+ROWS = 64  # rows of a query tile: the M of wgmma
+K_STEP = 16  # the K of wgmma on 16-bit operands
+SLICE = 64  # columns of one 128-byte swizzle atom
+ATOM_BYTES = ROWS * SLICE * 2
+HALF = 256  # output columns of one output warpgroup
+
+NUM_STAGES = 3
+NUM_THIRDS = 3  # a stage is loaded under three barriers: the scores start when the first third of a page is there
+
+# Q is 36 K steps wide. A score warpgroup holds 31 in registers (124 of a thread's 184); the rest stay in shared memory,
+# which is full with them: 231,424 bytes and what is static.
+Q_STEPS_IN_REGISTERS = 31
+A_REGISTERS = 4  # 32-bit registers of an m64k16 operand that a thread holds
+SCORES = 32  # elements of a 64x64 accumulator that a thread holds
+
+# Three warpgroups: scores, left half of the output, right half. Registers a thread sum to what 384 threads start with;
+# 160 is the least that holds a 64x256 accumulator.
+WARPGROUP = 128
+NUM_THREADS = 3 * WARPGROUP
+LOAD_WARP_END = 2 * WARPGROUP + 32  # the first warp of the right output warpgroup issues the loads
+SCORE_REGISTERS, OUTPUT_REGISTERS = 184, 160
+SCORE_BARRIER, LEFT_BARRIER, RIGHT_BARRIER = 1, 2, 3  # named barriers of a warpgroup; 0 is __syncthreads
+
+# P of block i is announced when this many wgmma groups of block i + 1's scores are still to come. The tensor cores then
+# have P V of block i to work on while the score warpgroup is in the softmax of block i + 1.
+GROUPS_LEFT_AT_HANDOVER = 1
+
+
+def stage_of(turn) -> Any:
+    """The stage of the item at `turn`; a turn is stage + NUM_STAGES * phase, int32."""
+    return T.if_then_else(turn >= NUM_STAGES, turn - NUM_STAGES, turn)
+
+
+def phase_of(turn) -> Any:
+    """The parity to wait for on the barriers of the item at `turn`, int32."""
+    return T.if_then_else(turn >= NUM_STAGES, 1, 0)
+
+
+def next_turn(turn) -> Any:
+    """The turn of the next item."""
+    return T.if_then_else(turn == 2 * NUM_STAGES - 1, 0, turn + 1)
+
+
+@T.macro
+def arrive_warp(barriers, index, tx):
+    """One arrival for a warp; what its other threads did before must be fenced or synchronised by the caller."""
+    if tx % 32 == 0:
+        T.barrier_arrive(barriers[index])
