@@ -205,7 +205,7 @@ def _unfold_heads(out: torch.Tensor, seq_len_q: int, group: int) -> torch.Tensor
 
 
 def _unfold_lse(softmax_lse: torch.Tensor, seq_len_q: int, group: int) -> torch.Tensor:
-    """Bring (batch_size, num_heads_k, seq_len_q * group) to (batch_size, num_heads_q, seq_len_q), by view where possible."""
+    """Bring (batch_size, num_heads_k, seq_len_q * group) to (batch_size, num_heads_q, seq_len_q)."""
     batch_size, num_heads_k, rows = softmax_lse.shape
     if seq_len_q == 1:
         return softmax_lse.view(batch_size, num_heads_k * rows, 1)

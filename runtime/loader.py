@@ -189,7 +189,10 @@ def ensure_module(spec: KernelSpec) -> tuple[Manifest, Path]:
         try:
             found = _check_entry(spec, directory, key=source_key())
         except ManifestError as error:
-            raise ModuleBuildError(f"generating {spec.name} left a module that does not check: {error}") from error
+            raise ModuleBuildError(
+                f"generating {spec.name} left a module that does not check: {error}. If it is the source key: the "
+                "sources were changed while this process ran, start it again"
+            ) from error
         if found is None:
             raise ModuleBuildError(f"generating {spec.name} left no module in {directory}")
         return found

@@ -1,4 +1,6 @@
-"""Merging the partial results of split requests on sm_90a: one warp a row, launched under the tail of the decode kernel."""
+"""Merging partial results on sm_90a: one warp a row, launched under the tail of the decode kernel."""
+
+from typing import Any
 
 import tilelang.language as T
 
@@ -10,7 +12,7 @@ _LANES = 32
 _VECTOR = 4  # fp32 elements of a 16-byte load
 
 
-def make_combine(head_dim_v: int, accum: str):
+def make_combine(head_dim_v: int, accum: str) -> Any:
     """Make the macro that opens the combine kernel.
 
     Parameters

@@ -4,7 +4,8 @@ A CTA of three warpgroups walks the requests of one part of the schedule, for on
 
 - the score warpgroup multiplies Q, most of which it holds in registers, with a page, takes the online softmax and hands
   P over through the rope columns of the page's stage, which are dead by then (`score`);
-- two output warpgroups multiply P with the left and the right 256 columns of the page and hold the output tile (`output`);
+- two output warpgroups multiply P with the left and the right 256 columns of the page and hold the output tile
+  (`output`);
 - one warp of the right output warpgroup issues every TMA load, three items ahead (`load`).
 
 Q tiles go through the same ring of three stages as the pages, so that the next request is loading while the last one is
@@ -36,7 +37,7 @@ from tilemla.dsl.sm90.tile import (
     WARPGROUP,
 )
 
-# The schedule is written by hand, and every index is in bounds by construction (rows are guarded where they are stored).
+# The schedule is written by hand, and every index is in bounds by construction (rows are guarded where stored).
 PASS_CONFIG = {
     "tl.disable_warp_specialized": True,
     "tl.disable_thread_storage_sync": True,

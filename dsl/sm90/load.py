@@ -1,5 +1,7 @@
 """The loading warp: where it is in the walk, and one TMA load of the next item."""
 
+from typing import Any
+
 import tilelang.language as T
 
 from tilemla.dsl.attention import page_index
@@ -11,7 +13,7 @@ from tilemla.dsl.sm90.tile import NUM_THIRDS, ROWS, arrive_warp
 REQUEST, BLOCK, END, PAGE, CURSOR_SIZE = range(5)
 
 
-def make_loader(block_n: int, head_dim_qk: int):
+def make_loader(block_n: int, head_dim_qk: int) -> tuple[Any, Any]:
     """Make the macros ``seek(cursor, t)`` and ``load(stage, parity, cursor, t)``.
 
     Parameters

@@ -1,5 +1,7 @@
 """An output warpgroup: O (+)= P V for half of the columns, and the tile's way out."""
 
+from typing import Any
+
 import tilelang.language as T
 
 from tilemla.dsl.schedule import end_block, first_block, is_split, split_slot
@@ -18,11 +20,11 @@ from tilemla.dsl.sm90.tile import (
 )
 
 
-def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int):
+def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> Any:
     """Make the macro ``output_warpgroup(acc, cursor, column, barrier_id, t)``.
 
-    ``acc`` is the (64, 256) accumulator, ``column`` its first output column, ``barrier_id`` the warpgroup's named barrier,
-    ``cursor`` the load cursor, used in the right warpgroup alone.
+    ``acc`` is the (64, 256) accumulator, ``column`` its first output column, ``barrier_id`` the warpgroup's named
+    barrier, ``cursor`` the load cursor, used in the right warpgroup alone.
 
     Parameters
     ----------
@@ -57,23 +59,22 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int):
             for i, j in T.Parallel(ROWS, HALF):
                 if row0 + i < t.rows:
                     t.out_accum[slot, head, row0 + i, column + j] = acc[i, j]
+        elif is_empty:
+            for i in T.serial(T.min(ROWS, t.rows - row0)):
+                for j in T.Parallel(HALF):
+                    t.out[request, head, row0 + i, column + j] = 0
         else:
-            if is_empty:
-                for i in T.serial(T.min(ROWS, t.rows - row0)):
-                    for j in T.Parallel(HALF):
-                        t.out[request, head, row0 + i, column + j] = 0
-            else:
-                # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
-                T.copy(acc, t.kv[stage, :, column : column + HALF])
-                T.fence_proxy_async()
-                T.sync_threads(barrier_id, WARPGROUP)
-                if t.tx % WARPGROUP < 32:
-                    T.tma_copy(
-                        t.kv[stage, :, column : column + HALF],
-                        t.out[request, head, row0 : row0 + ROWS, column : column + HALF],
-                        leader_scope_threads=32,
-                    )
-                    T.tma_store_wait(0)
+            # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
+            T.copy(acc, t.kv[stage, :, column : column + HALF])
+            T.fence_proxy_async()
+            T.sync_threads(barrier_id, WARPGROUP)
+            if t.tx % WARPGROUP < 32:
+                T.tma_copy(
+                    t.kv[stage, :, column : column + HALF],
+                    t.out[request, head, row0 : row0 + ROWS, column : column + HALF],
+                    leader_scope_threads=32,
+                )
+                T.tma_store_wait(0)
 
     @T.macro
     def output_warpgroup(acc, cursor, column, barrier_id, t):
@@ -108,11 +109,10 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int):
                         scale_rows(acc, scale)
                     if block == end - 1:
                         clear_past_end(request, block, stage, column, barrier_id, t)
-                    T.wgmma_gemm(
-                        t.kv[stage, :, head_dim_v:head_dim_qk], t.kv[stage, :, column : column + HALF], acc
-                    )
+                    T.wgmma_gemm(t.kv[stage, :, head_dim_v:head_dim_qk], t.kv[stage, :, column : column + HALF], acc)
                     T.wait_wgmma(0)
                     if block < end - 1:
+                        T.sync_warp()
                         arrive_warp(t.empty, stage, t.tx)
                         if loads:
                             if t.tx < LOAD_WARP_END:

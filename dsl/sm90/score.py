@@ -1,5 +1,7 @@
 """The score warpgroup: S = Q K^T, the online softmax, and P for the output warpgroups."""
 
+from typing import Any
+
 import tilelang.language as T
 
 from tilemla.dsl.attention import (
@@ -35,13 +37,13 @@ from tilemla.dsl.sm90.tile import (
 )
 
 
-def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v: int):
+def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v: int) -> Any:
     """Make the macro ``score_warpgroup(t)``.
 
     wgmma is issued by hand, since the last 16 latent columns of Q are multiplied from shared memory and the rest from
     registers, which a tile-level gemm would answer with another layout of the pages. A thread therefore sees its own
-    elements of the 64x64 accumulator: groups of eight columns, of each two neighbouring columns of row `row` and the same
-    two of row `row + 8`. `half` tells these rows apart.
+    elements of the 64x64 accumulator: groups of eight columns, of each two neighbouring columns of row `row` and the
+    same two of row `row + 8`. `half` tells these rows apart.
 
     Parameters
     ----------
@@ -133,11 +135,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                 for v in T.vectorized(2):
                     # unswizzled core matrices of 8 rows and 16 bytes, the two of the same 8 rows side by side
                     t.q_tail[
-                        k * ROWS * K_STEP
-                        + (t.tx // 32 * 4 + e % 2 * 2 + e // 2) * 64
-                        + t.tx % 32 // 4 * 8
-                        + column
-                        + v
+                        k * ROWS * K_STEP + (t.tx // 32 * 4 + e % 2 * 2 + e // 2) * 64 + t.tx % 32 // 4 * 8 + column + v
                     ] = t.kv[stage, row + e % 2 * 8, (Q_STEPS_IN_REGISTERS + k) * K_STEP + e // 2 * 8 + column + v]
         T.fence_proxy_async()
         T.sync_threads(SCORE_BARRIER, WARPGROUP)
@@ -176,9 +174,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                 t.alpha[block % 2, row + half * 8] = alpha[half]
         for pair in T.unroll(SCORES // 2):
             for v in T.unroll(2):
-                scores[pair * 2 + v] = probability(
-                    scores[pair * 2 + v], t.softmax_scale_log2, running_max[pair % 2]
-                )
+                scores[pair * 2 + v] = probability(scores[pair * 2 + v], t.softmax_scale_log2, running_max[pair % 2])
             row_sum[pair % 2] = row_sum[pair % 2] + (scores[pair * 2] + scores[pair * 2 + 1])
             for v in T.vectorized(2):
                 t.kv[stage, row + pair % 2 * 8, head_dim_v + pair // 2 * 8 + column + v] = scores[pair * 2 + v]

@@ -52,7 +52,7 @@ def next_turn(turn) -> Any:
 
 
 @T.macro
-def arrive_warp(barriers, index, tx):
-    """One arrival for a warp; what its other threads did before must be fenced or synchronised by the caller."""
+def arrive_warp(barriers, index, tx) -> None:
+    """One arrival for a warp; the caller has synchronised it with what its other threads did before."""
     if tx % 32 == 0:
         T.barrier_arrive(barriers[index])
