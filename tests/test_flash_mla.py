@@ -38,7 +38,7 @@ from flash_mla_cases import (
     small_grid,
 )
 from reference import check_result, decode_reference
-from tilemla.source_key import source_key
+from tilemla.loader import ensure_module
 from tilemla.spec import KernelSpec
 
 PEERS = ("flash_mla", "sgl_kernel.flash_mla")
@@ -164,7 +164,7 @@ def run_grid(cases: list[GridCase], device: torch.device, rounds: int, rep_ms: i
     versions = {name: importlib.metadata.version(name) for name in ("tilemla", "torch")}
     context = dict(
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        versions=versions | {"source_key": source_key(), "cuda": torch.version.cuda},
+        versions=versions | {"cuda": torch.version.cuda},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         peer=peer_name if peer else None,
     )
@@ -191,6 +191,8 @@ def run_grid(cases: list[GridCase], device: torch.device, rounds: int, rep_ms: i
             del shape["dtype"]  # the spec has it
             record = dict(spec=spec.to_dict(), shape=shape) | {key: round(value, 4) for key, value in result.items()}
             record |= context
+            manifest, _ = ensure_module(spec)
+            record["versions"] = context["versions"] | {"source_key": manifest.source_key}
             with log.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
 
