@@ -90,7 +90,7 @@ def build_programs(
     name : str
         Stem of the module's files.
     programs : mapping of str to Program
-        Exported name to program (``func``, ``pass_config``, ``pdl``).
+        Exported name to program (``func``, ``pass_config``).
     arch : str
         ``"sm_90a"`` or ``"cpu"``.
     out_dir : str or Path

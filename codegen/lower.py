@@ -101,8 +101,8 @@ def lower_program(name: str, program: Any, arch: str) -> LoweredProgram:
     name : str
         Name of the TVM-FFI function that the module will export.
     program : Program
-        Holds ``func`` (a PrimFunc), and optionally ``pass_config`` (dict) and ``pdl`` (names of kernels that must be
-        launched with programmatic stream serialization).
+        Holds ``func`` (a PrimFunc), and optionally ``pass_config`` (dict). A kernel that waits for the grid before it
+        (``T.pdl_sync``) is launched with programmatic stream serialization.
     arch : str
         ``"sm_90a"`` or ``"cpu"``.
 
@@ -131,13 +131,6 @@ def lower_program(name: str, program: Any, arch: str) -> LoweredProgram:
         host.visit(function.body)
     if not host.launches:
         raise BuildError(f"{name}: the lowered program launches no kernel")
-    for kernel in getattr(program, "pdl", ()) or ():
-        launch = next((launch for launch in host.launches if launch.name == kernel), None)
-        if launch is None or not launch.programmatic:
-            raise BuildError(
-                f"{name}: kernel {kernel} must be launched with programmatic stream serialization, "
-                f"but it {'does not exist' if launch is None else 'never waits for the grid before it (T.pdl_sync)'}"
-            )
     return LoweredProgram(
         name=name,
         arch=arch,

@@ -15,10 +15,7 @@ class Program:
         The program. Its parameters, in order, are those of the function that the module exports.
     pass_config : Mapping[str, Any]
         TileLang pass options, such as ``{"tl.enable_fast_math": True}``.
-    pdl : tuple of str
-        Names of the kernels that are launched with programmatic stream serialization.
     """
 
     func: Any
     pass_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    pdl: tuple[str, ...] = ()

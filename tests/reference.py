@@ -92,6 +92,18 @@ def decode_reference(q, k_cache, block_table, cache_seqlens, head_dim_v=512, *, 
     return Reference(out, out_magnitude, lse, score_magnitude)
 
 
+def reference_of(inputs, *, causal=False, softmax_scale=None):
+    """`decode_reference` of a case's inputs: anything with q, k_cache, block_table and cache_seqlens."""
+    return decode_reference(
+        inputs.q,
+        inputs.k_cache,
+        inputs.block_table,
+        inputs.cache_seqlens,
+        causal=causal,
+        softmax_scale=softmax_scale,
+    )
+
+
 def cosine_difference(actual, expected):
     """``1 - 2<a, e> / (<a, a> + <e, e>)``; 0 where there is nothing to compare."""
     if not expected.numel() or float((expected * expected).sum()) < 1e-12:

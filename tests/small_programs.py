@@ -76,7 +76,7 @@ def make_two_kernels(sync: bool = True) -> Program:
             for j in T.Parallel(128):
                 y[bx, j] = half[bx, j] + 1.0
 
-    return Program(two, NO_SPECIALIZATION, pdl=("two_kernel_1",))
+    return Program(two, NO_SPECIALIZATION)
 
 
 def make_row_sum(dtype: str = "float16") -> Program:

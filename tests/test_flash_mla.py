@@ -37,7 +37,7 @@ from flash_mla_cases import (
     make_grid_inputs,
     small_grid,
 )
-from reference import check_result, decode_reference
+from reference import check_result, reference_of
 from tilemla.loader import ensure_module
 from tilemla.spec import KernelSpec
 
@@ -69,10 +69,7 @@ def check(case: GridCase, device: torch.device) -> None:
     schedule = schedule_for(tilemla, case, inputs)
     out, lse = call(tilemla, case, inputs, schedule)
     again, lse_again = call(tilemla, case, inputs, schedule)
-    reference = decode_reference(
-        inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, HEAD_DIM_V, causal=case.causal
-    )
-    check_result(out, lse, reference)
+    check_result(out, lse, reference_of(inputs, causal=case.causal))
     if not (torch.equal(out, again) and torch.equal(lse, lse_again)):
         raise AssertionError("the same inputs gave other bits")
 

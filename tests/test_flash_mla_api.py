@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import strategies
 import tilemla as flash_mla
 from cases import Case, Inputs, make_inputs
-from reference import check_result, decode_reference
+from reference import check_result, reference_of
 from tilemla.schedule import make_schedule, num_sm_parts_for
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,21 +38,14 @@ def decode(case, inputs, schedule=None, **changes):
         )
 
 
-def reference_of(case, inputs):
-    return decode_reference(
-        inputs.q,
-        inputs.k_cache,
-        inputs.block_table,
-        inputs.cache_seqlens,
-        causal=case.causal,
-        softmax_scale=case.softmax_scale,
-    )
+def expect(case, inputs):
+    return reference_of(inputs, causal=case.causal, softmax_scale=case.softmax_scale)
 
 
 def check(case, inputs, schedule=None):
     out, lse = decode(case, inputs, schedule)
     assert out.dtype == case.dtype and out.is_contiguous()
-    check_result(out, lse, reference_of(case, inputs))
+    check_result(out, lse, expect(case, inputs))
     return out, lse
 
 
@@ -150,7 +143,7 @@ def test_same_call_gives_the_same_bits(device):
 
 def test_batch_is_its_requests_one_by_one(device):
     inputs = make_inputs(MIXED).to(device)
-    reference = reference_of(MIXED, inputs)
+    reference = expect(MIXED, inputs)
     alone = [
         decode(
             MIXED,
@@ -363,7 +356,7 @@ def test_cuda_graph():
         num_blocks = min(fresh.k_cache.shape[0], inputs.k_cache.shape[0])
         inputs.k_cache[:num_blocks] = fresh.k_cache[:num_blocks]
         graph.replay()
-        check_result(out, lse, reference_of(changed, inputs))
+        check_result(out, lse, expect(changed, inputs))
 
 
 @pytest.mark.gpu

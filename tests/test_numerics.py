@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cases import HEAD_DIM_V, PAGE_BLOCK_SIZE, Case, Inputs, make_inputs
 from kernel_calls import decode
-from reference import check_result, decode_reference
+from reference import check_result, reference_of
 from strategies import cases
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -21,15 +21,7 @@ def run(case, inputs, **options):
 
 
 def expect(case, inputs):
-    return decode_reference(
-        inputs.q,
-        inputs.k_cache,
-        inputs.block_table,
-        inputs.cache_seqlens,
-        HEAD_DIM_V,
-        causal=case.causal,
-        softmax_scale=case.scale,
-    )
+    return reference_of(inputs, causal=case.causal, softmax_scale=case.scale)
 
 
 def bits(result):
