@@ -59,8 +59,8 @@ def make_spilling() -> Program:
     return Program(spill, NO_SPECIALIZATION)
 
 
-def make_two_kernels(sync: bool = True) -> Program:
-    """A kernel and one that follows it under programmatic dependent launch, or only claims to."""
+def make_two_kernels(waits: bool) -> Program:
+    """A kernel and one that follows it, under programmatic dependent launch if it waits."""
     n = T.dynamic("n")
 
     @T.prim_func
@@ -71,7 +71,7 @@ def make_two_kernels(sync: bool = True) -> Program:
                     half[bx * 4 + i, j] = x[bx * 4 + i, j] * 0.5
             T.pdl_trigger()
         with T.Kernel(n, threads=128) as bx:
-            if sync:
+            if waits:
                 T.pdl_sync()
             for j in T.Parallel(128):
                 y[bx, j] = half[bx, j] + 1.0

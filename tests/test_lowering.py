@@ -80,18 +80,14 @@ def test_a_spill_fails_the_build(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_programmatic_launch_follows_the_kernel(tmp_path):
-    manifest = build_programs("two", {"two": make_two_kernels()}, "sm_90a", tmp_path)
+@pytest.mark.parametrize("waits", [True, False])
+def test_only_a_kernel_that_waits_is_launched_early(tmp_path, waits):
+    manifest = build_programs("two", {"two": make_two_kernels(waits)}, "sm_90a", tmp_path)
     assert [kernel.name for kernel in manifest.kernels] == ["two_kernel", "two_kernel_1"]
     launcher = (tmp_path / manifest.files["launcher"]).read_text()
     launches = re.findall(r"kernel\((\d)\).*?, (true|false),\s+params_\d\)", launcher, re.DOTALL)
-    assert launches == [("0", "false"), ("1", "true")]
-    assert "griddepcontrol.wait" in (tmp_path / manifest.files["two.ptx"]).read_text()
-
-
-def test_a_kernel_that_never_waits_must_not_be_launched_early(tmp_path):
-    with pytest.raises(BuildError, match=r"two_kernel_1 .* never waits"):
-        build_programs("two", {"two": make_two_kernels(sync=False)}, "sm_90a", tmp_path)
+    assert launches == [("0", "false"), ("1", "true" if waits else "false")]
+    assert ("griddepcontrol.wait" in (tmp_path / manifest.files["two.ptx"]).read_text()) == waits
 
 
 @pytest.mark.parametrize("spec", tuple(iter_specs("sm_90a")), ids=lambda spec: spec.name)
