@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Raise it when the layout of a manifest or the parameters of an exported function change: a module that was built ahead
+# by another version is then refused instead of being called with the wrong arguments.
 MANIFEST_FORMAT = 1
 
 
@@ -76,7 +78,7 @@ class Manifest:
     tools : dict of str to str
         Versions of the tools that took part.
     format : int
-        Version of this layout.
+        Version of this layout and of the calling convention of the exported functions.
     """
 
     name: str
