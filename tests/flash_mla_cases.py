@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE = 576, 512, 64
+from cases import HEAD_DIM_QK, PAGE_BLOCK_SIZE
+
 UNUSED_PAGE_IDS = (2147480000, -1)
 
 

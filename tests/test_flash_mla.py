@@ -1,8 +1,8 @@
 """The published benchmark: ``python tests/test_flash_mla.py`` checks and times FlashMLA's grid.
 
 On a GPU it checks over a thousand cases against float64, then times the 32 cases of the grid, beside FlashMLA where one
-is importable. On a CPU it does the same over a small grid. Under pytest it checks the small grid, and
-the large one where there is a GPU.
+is importable. On a CPU it does the same over a small grid. Under pytest it checks the small grid, and the large one
+where there is a GPU.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pytest
 
 import tilemla
+from cases import HEAD_DIM_QK, HEAD_DIM_V
 from flash_mla_cases import (
-    HEAD_DIM_QK,
-    HEAD_DIM_V,
     GridCase,
     GridInputs,
     benchmark_grid,
@@ -38,7 +37,7 @@ from flash_mla_cases import (
     small_grid,
 )
 from reference import check_result, reference_of
-from tilemla.loader import ensure_module
+from tilemla.loader import load_module
 from tilemla.spec import KernelSpec
 
 PEERS = ("flash_mla", "sgl_kernel.flash_mla")
@@ -143,9 +142,9 @@ def measure(case: GridCase, device: torch.device, peer, rounds: int, rep_ms: int
         times.append(time_us(ours, device, rep_ms))
         if theirs:
             peer_times.append(time_us(theirs, device, rep_ms))
-    time = statistics.median(times)
+    us = statistics.median(times)
     flop, num_bytes = flop_of(case, inputs), bytes_of(case, inputs)
-    result = dict(time_us=time, tflops=flop / time * 1e-6, bandwidth_gbs=num_bytes / time * 1e-3)
+    result = dict(time_us=us, tflops=flop / us * 1e-6, bandwidth_gbs=num_bytes / us * 1e-3)
     result |= dict(flop=flop, num_bytes=num_bytes)
     if theirs:
         ratio = statistics.median(b / a for a, b in zip(times, peer_times, strict=True))
@@ -183,13 +182,14 @@ def run_grid(cases: list[GridCase], device: torch.device, rounds: int, rep_ms: i
             line += f" {result['floor_over_ours']:10.3f}"
         print(line, flush=True)
         if log:
-            spec = KernelSpec(arch="sm_90a" if device.type == "cuda" else "cpu", dtype=str(case.dtype)[6:])
+            spec = KernelSpec(
+                arch="sm_90a" if device.type == "cuda" else "cpu", dtype=str(case.dtype).removeprefix("torch.")
+            )
             shape = dataclasses.asdict(case) | dict(total_tokens=sum(case.make_lengths()))
             del shape["dtype"]  # the spec has it
             record = dict(spec=spec.to_dict(), shape=shape) | {key: round(value, 4) for key, value in result.items()}
             record |= context
-            manifest, _ = ensure_module(spec)
-            record["versions"] = context["versions"] | {"source_key": manifest.source_key}
+            record["versions"] = context["versions"] | {"source_key": load_module(spec).manifest.source_key}
             with log.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
 

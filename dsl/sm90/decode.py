@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import tilelang.language as T
 
 from tilemla.dsl.program import Program
-from tilemla.dsl.schedule import read_part
+from tilemla.dsl.schedule import NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.load import CURSOR_SIZE
 from tilemla.dsl.sm90.output import make_output_warpgroup
@@ -81,7 +81,7 @@ def make_decode_program(spec) -> Program:
         ),
         block_table: T.StridedTensor((b, max_num_blocks_per_seq), (table_stride_b, 1), "int32"),
         cache_seqlens: T.Tensor((b,), "int32"),
-        tile_scheduler_metadata: T.Tensor((num_sm_parts, 8), "int32"),
+        tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
         num_splits: T.Tensor((len_num_splits,), "int32"),
         out: T.Tensor((b, h_k, rows, head_dim_v), dtype),
         softmax_lse: T.Tensor((b, h_k, rows), accum),

@@ -38,29 +38,28 @@ def make_loader(block_n: int, head_dim_qk: int) -> tuple[Any, Any]:
                 cursor[REQUEST] += 1
 
     @T.macro
+    def copy_thirds(stage, source_of, t):
+        for i in T.unroll(NUM_THIRDS):
+            T.tma_copy(
+                source_of(i * third),
+                t.kv[stage, :, i * third : i * third + third],
+                barrier=t.full[stage * NUM_THIRDS + i],
+                leader_scope_threads=32,
+            )
+            arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
+
+    @T.macro
     def load(stage, parity, cursor, t):
         if cursor[REQUEST] <= t.part.end_request_inclusive:
             T.barrier_wait(t.empty[stage], parity)
             if cursor[BLOCK] < 0:
-                for i in T.unroll(NUM_THIRDS):
-                    T.tma_copy(
-                        t.q[cursor[REQUEST], t.head, t.row0 : t.row0 + ROWS, i * third : i * third + third],
-                        t.kv[stage, :, i * third : i * third + third],
-                        barrier=t.full[stage * NUM_THIRDS + i],
-                        leader_scope_threads=32,
-                    )
-                    arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
+                copy_thirds(
+                    stage, lambda first: t.q[cursor[REQUEST], t.head, t.row0 : t.row0 + ROWS, first : first + third], t
+                )
                 cursor[BLOCK] = first_block(t.part, cursor[REQUEST])
                 cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
             else:
-                for i in T.unroll(NUM_THIRDS):
-                    T.tma_copy(
-                        t.kcache[cursor[PAGE], 0:block_n, t.head, i * third : i * third + third],
-                        t.kv[stage, :, i * third : i * third + third],
-                        barrier=t.full[stage * NUM_THIRDS + i],
-                        leader_scope_threads=32,
-                    )
-                    arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
+                copy_thirds(stage, lambda first: t.kcache[cursor[PAGE], 0:block_n, t.head, first : first + third], t)
                 cursor[BLOCK] += 1
                 if cursor[BLOCK] < cursor[END]:
                     cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])

@@ -77,6 +77,15 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
                 T.tma_store_wait(0)
 
     @T.macro
+    def hand_back(stage, turn: T.Ref, cursor, loads, t):
+        # This warpgroup is done with a stage; once the other one is too, the loading warp fills it again.
+        # `turn` is passed by reference: a copy of it would cost a register.
+        arrive_warp(t.empty, stage, t.tx)
+        if loads:
+            if t.tx < LOAD_WARP_END:
+                load(stage, phase_of(turn), cursor, t)
+
+    @T.macro
     def output_warpgroup(acc, cursor, column, barrier_id, t):
         loads = barrier_id == RIGHT_BARRIER
         scale = T.alloc_fragment((ROWS,), accum)
@@ -95,10 +104,7 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
             if begin < end:
                 q_stage = stage_of(turn)
                 T.barrier_wait(t.p_full[q_stage], phase_of(turn))
-                arrive_warp(t.empty, q_stage, t.tx)
-                if loads:
-                    if t.tx < LOAD_WARP_END:
-                        load(q_stage, phase_of(turn), cursor, t)
+                hand_back(q_stage, turn, cursor, loads, t)
                 turn = next_turn(turn)
                 for block in T.serial(begin, end):
                     stage = stage_of(turn)
@@ -113,10 +119,7 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
                     T.wait_wgmma(0)
                     if block < end - 1:
                         T.sync_warp()
-                        arrive_warp(t.empty, stage, t.tx)
-                        if loads:
-                            if t.tx < LOAD_WARP_END:
-                                load(stage, phase_of(turn), cursor, t)
+                        hand_back(stage, turn, cursor, loads, t)
                         turn = next_turn(turn)
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[i]
@@ -125,10 +128,7 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
             write_tile(acc, request, begin >= end, last_stage, column, barrier_id, t)
             if begin < end:
                 T.sync_threads(barrier_id, WARPGROUP)
-                arrive_warp(t.empty, last_stage, t.tx)
-                if loads:
-                    if t.tx < LOAD_WARP_END:
-                        load(last_stage, phase_of(turn), cursor, t)
+                hand_back(last_stage, turn, cursor, loads, t)
                 turn = next_turn(turn)
 
     return output_warpgroup

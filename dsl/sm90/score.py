@@ -56,7 +56,12 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
     accum = "float32"
     num_k_steps = head_dim_qk // K_STEP
     num_tail_steps = num_k_steps - Q_STEPS_IN_REGISTERS
+    # Of each third of an item, its number and the K steps of it that are multiplied from registers: first and count.
     steps_per_third = num_k_steps // NUM_THIRDS
+    thirds = [
+        (i, i * steps_per_third, min(steps_per_third, Q_STEPS_IN_REGISTERS - i * steps_per_third))
+        for i in range(NUM_THIRDS)
+    ]
     stage_bytes = head_dim_qk // SLICE * ATOM_BYTES
 
     def key_offset(k_step, stage):
@@ -218,19 +223,9 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                 for block in T.serial(begin, end):
                     stage = stage_of(turn)
                     phase = phase_of(turn)
-                    T.barrier_wait(t.full[stage * NUM_THIRDS], phase)
-                    multiply_registers(scores, q_registers, 0, steps_per_third, keys, stage)
-                    T.barrier_wait(t.full[stage * NUM_THIRDS + 1], phase)
-                    multiply_registers(scores, q_registers, steps_per_third, steps_per_third, keys, stage)
-                    T.barrier_wait(t.full[stage * NUM_THIRDS + 2], phase)
-                    multiply_registers(
-                        scores,
-                        q_registers,
-                        2 * steps_per_third,
-                        Q_STEPS_IN_REGISTERS - 2 * steps_per_third,
-                        keys,
-                        stage,
-                    )
+                    for third, first, count in thirds:
+                        T.barrier_wait(t.full[stage * NUM_THIRDS + third], phase)
+                        multiply_registers(scores, q_registers, first, count, keys, stage)
                     multiply_tail(scores, tail, keys, stage)
                     # What the item before the last one left in alpha and inverse_sum has been read.
                     T.barrier_wait(
