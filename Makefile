@@ -22,7 +22,7 @@ PYTEST_ARGS ?=
 export TILEMLA_CACHE_DIR ?= $(CURDIR)/$(CACHE)/tilemla
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-SOURCES := $(wildcard runtime/*.py dsl/*.py codegen/*.py tuning_logs/*.py)
+SOURCES := $(wildcard runtime/*.py runtime/*/*.py dsl/*.py dsl/*/*.py codegen/*.py tuning_logs/*.py)
 
 .PHONY: demo test check lint types build wheel format clean
 
@@ -43,7 +43,7 @@ types: $(CACHE)/types/.installed
 	@MYPYPATH=$(CACHE)/types $(BIN)/mypy --cache-dir=$(CACHE)/mypy
 
 build: $(VENV)/.run
-	@$(BIN)/tilemla build $(ARCH:%=--arch %) $(DTYPE:%=--dtype %) --out modules
+	@$(BIN)/tilemla build $(ARCH:%=--arch %) $(DTYPE:%=--dtype %) --out-dir modules
 
 wheel: $(VENV)/.run
 	@rm -rf build

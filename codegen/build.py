@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import math
 import os
 import platform
 import tempfile
@@ -13,14 +13,17 @@ from typing import Any
 import tilelang.env
 from tvm_ffi import libinfo
 
+from tilemla import __version__
+from tilemla.codegen.elf import requirements_of
 from tilemla.codegen.errors import BuildError
 from tilemla.codegen.launcher import make_launcher
 from tilemla.codegen.lower import MAX_SMEM_BYTES, LoweredProgram, lower_program
 from tilemla.codegen.ptxas import check_ptxas, parse_ptxas
-from tilemla.codegen.toolchain import find_cuda_toolkit, find_cxx, run_tool, tool_version
-from tilemla.manifest import KernelReport, Manifest, manifest_path, sha256_of
-from tilemla.source_key import source_key
+from tilemla.fingerprint import source_fingerprint, tool_versions
+from tilemla.manifest import KernelReport, Manifest, Requirements, manifest_path, sha256_of
 from tilemla.spec import KernelSpec
+from tilemla.store import Entry, building_prefix, entry_dir
+from tilemla.toolchain import find_cuda_toolkit, find_cxx, run_tool
 
 # A module exports its programs and needs libtvm_ffi, libc and libstdc++: nothing of CUDA, TileLang or torch.
 _CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections")
@@ -35,27 +38,29 @@ _AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-Dhalf_float=half_float_avx2", "-Dv
 _NVCC_FLAGS = ("-std=c++20", "-O3", "-w", "-Xcudafe", "--diag_suppress=177")
 
 
-def build_module(spec: KernelSpec, out_dir: str | Path, progress: Callable[[str], None] | None = None) -> Manifest:
-    """Generate the module of a spec.
+def build_module(spec: KernelSpec, store: str | Path, progress: Callable[[str], None] | None = None) -> Entry:
+    """Generate the module of a spec as an entry of a store; replaces one that is there.
 
     Parameters
     ----------
     spec : KernelSpec
         What to build.
-    out_dir : str or Path
-        Where the module goes; made when missing.
+    store : str or Path
+        The directory that gets the entry; made when missing.
     progress : callable, optional
         Told each step in a few words.
 
     Returns
     -------
-    Manifest
-        The manifest that was written beside the library.
+    Entry
+        The module.
 
     Raises
     ------
     BuildError
-        On a spec without a program, a missing compiler, or a kernel that is not good enough.
+        On a spec without a program, or a kernel that is not good enough.
+    ToolchainError
+        When a compiler is missing or fails.
     """
     reason = spec.why_invalid()
     if reason is not None:
@@ -66,7 +71,7 @@ def build_module(spec: KernelSpec, out_dir: str | Path, progress: Callable[[str]
         spec.name,
         make_programs(spec),
         spec.arch,
-        out_dir,
+        store,
         dtype=spec.dtype,
         spec=spec.to_dict(),
         progress=progress,
@@ -77,12 +82,12 @@ def build_programs(
     name: str,
     programs: Mapping[str, Any],
     arch: str,
-    out_dir: str | Path,
+    store: str | Path,
     *,
     dtype: str | None = None,
     spec: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Manifest:
+) -> Entry:
     """Build a module of any tile programs.
 
     Parameters
@@ -93,8 +98,8 @@ def build_programs(
         Exported name to program (``func``, ``pass_config``).
     arch : str
         ``"sm_90a"`` or ``"cpu"``.
-    out_dir : str or Path
-        Where the module goes; made when missing.
+    store : str or Path
+        The directory that gets the entry; made when missing.
     dtype : str, optional
         Storage dtype, see `make_launcher`.
     spec : dict, optional
@@ -104,21 +109,24 @@ def build_programs(
 
     Returns
     -------
-    Manifest
-        The manifest that was written beside the library.
+    Entry
+        The module.
 
     Raises
     ------
     BuildError
-        When a step fails; nothing is left behind in ``out_dir``.
+        When a step fails; the store is as it was.
+    ToolchainError
+        When a compiler is missing or fails.
     """
     if not programs:
         raise BuildError(f"{name}: a module needs at least one program")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    store = Path(store)
+    store.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda _step: None)
-    key = source_key()
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out_dir) as folder:
+    fingerprint = source_fingerprint()
+    cuda = arch != "cpu"
+    with tempfile.TemporaryDirectory(prefix=building_prefix(name), dir=store) as folder:
         work = Path(folder)
         say("lowering")
         lowered = tuple(lower_program(program, source, arch) for program, source in programs.items())
@@ -127,37 +135,61 @@ def build_programs(
         objects: list[str] = []
         for program in lowered:
             say(f"compiling {program.name}")
-            if arch == "cpu":
-                objects += _compile_cpu(name, program, work, files)
-            else:
+            files[f"{program.name}.tir"] = f"{program.name}.tir"
+            (work / files[f"{program.name}.tir"]).write_text(programs[program.name].func.script(), encoding="utf-8")
+            if cuda:
                 kernels += _compile_cuda(name, program, work, files)
+            else:
+                objects += _compile_cpu(name, program, work, files)
         say("linking")
-        cubins = {program.name: files[f"{program.name}.cubin"] for program in lowered if arch != "cpu"}
-        launcher = work / f"{name}_launcher.cc"
-        text = make_launcher(lowered, cubins, dtype, _AVX2_SUFFIX if arch == "cpu" and _is_x86_64() else None)
+        cubins = {program.name: files[f"{program.name}.cubin"] for program in lowered if cuda}
+        launcher = work / "launcher.cc"
+        text = make_launcher(lowered, cubins, dtype, None if cuda or not _is_x86_64() else _AVX2_SUFFIX)
         launcher.write_text(text, encoding="utf-8")
         files["launcher"] = launcher.name
         library = f"{name}.so"
-        _link(launcher, objects, work, library, cuda=arch != "cpu")
+        _link(launcher, objects, work, library, cuda=cuda)
+        tools = tool_versions(arch)
+        glibc, libstdcxx = requirements_of(work / library)
         manifest = Manifest(
             name=name,
             spec=spec or {},
             library=library,
             sha256=sha256_of(work / library),
-            source_key=key,
+            fingerprint=fingerprint,
             programs=tuple(programs),
             files=files,
             kernels=tuple(kernels),
-            tools=_tool_versions(cuda=arch != "cpu"),
+            tools=tools,
+            flags=_flags(lowered, cuda=cuda),
+            requires=Requirements(glibc, libstdcxx, _least_driver(tools["nvcc"]) if cuda else ""),
+            tilemla_version=__version__,
         )
-        _install(manifest, work, out_dir)
-    return manifest
+        _install(manifest, work, entry_dir(store, name))
+    return Entry(manifest, entry_dir(store, name))
+
+
+def _flags(lowered: tuple[LoweredProgram, ...], *, cuda: bool) -> dict[str, list[str]]:
+    flags = {"c++": [*_CXX_FLAGS, *(() if cuda else _CPU_FLAGS)], "linker": list(_LINK_FLAGS)}
+    if cuda:
+        flags["nvcc"] = list(_NVCC_FLAGS)
+        flags |= {f"nvcc {program.name}": ["--use_fast_math"] for program in lowered if program.fast_math}
+        flags |= {f"ptxas {program.name}": list(program.ptxas_flags) for program in lowered if program.ptxas_flags}
+    elif _is_x86_64():
+        flags["c++ avx2"] = list(_AVX2_FLAGS)
+    return flags
+
+
+def _least_driver(nvcc: str) -> str:
+    """CUDA version that a driver must have at least: machine code runs on any driver of the toolkit's major version."""
+    # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+    return f"{nvcc.partition('.')[0]}.0"
 
 
 def _compile_cuda(name: str, program: LoweredProgram, work: Path, files: dict[str, str]) -> list[KernelReport]:
     toolkit = find_cuda_toolkit()
-    stem = f"{name}.{program.name}"
-    source, ptx, cubin = (f"{stem}.{suffix}" for suffix in ("cu", "ptx", "cubin"))
+    stem = f"{name}: {program.name}"
+    source, ptx, cubin = (f"{program.name}.{suffix}" for suffix in ("cu", "ptx", "cubin"))
     (work / source).write_text(program.source, encoding="utf-8")
     includes = [f"-I{tilelang.env.TILELANG_TEMPLATE_PATH}", f"-I{tilelang.env.CUTLASS_INCLUDE_DIR}"]
     includes += [f"-I{folder}" for folder in toolkit.include_dirs]
@@ -189,6 +221,7 @@ def _kernel_reports(program: LoweredProgram, usages: Mapping[str, Any]) -> list[
             stack_bytes=usage.stack_bytes,
             smem_static_bytes=usage.smem_bytes,
             smem_dynamic_bytes=launch.dynamic_smem_bytes,
+            threads=math.prod(int(extent) for extent in launch.block),
         )
         limit = MAX_SMEM_BYTES[program.arch]
         if report.smem_bytes > limit:
@@ -206,7 +239,7 @@ def _is_x86_64() -> bool:
 
 def _compile_cpu(name: str, program: LoweredProgram, work: Path, files: dict[str, str]) -> list[str]:
     # The C that TileLang emits for this target includes C++ headers.
-    source = f"{name}.{program.name}.cc"
+    source = f"{program.name}.cc"
     (work / source).write_text(program.source, encoding="utf-8")
     files[f"{program.name}.source"] = source
     command: list[str | Path] = [find_cxx(), *_CXX_FLAGS, *_CPU_FLAGS, f"-I{tilelang.env.TILELANG_TEMPLATE_PATH}"]
@@ -215,7 +248,9 @@ def _compile_cpu(name: str, program: LoweredProgram, work: Path, files: dict[str
         renames = [f"-D{launch.name}={launch.name}{_AVX2_SUFFIX}" for launch in program.launches]
         variants[_AVX2_SUFFIX] = [*_AVX2_FLAGS, *renames]
     for suffix, flags in variants.items():
-        run_tool([*command, *flags, "-c", source, "-o", f"{program.name}{suffix}.o"], work, f"{source}: C++ compiler")
+        run_tool(
+            [*command, *flags, "-c", source, "-o", f"{program.name}{suffix}.o"], work, f"{name}: {source}: C++ compiler"
+        )
     return [f"{program.name}{suffix}.o" for suffix in variants]
 
 
@@ -227,32 +262,29 @@ def _link(launcher: Path, objects: list[str], work: Path, library: str, *, cuda:
     ffi_library = Path(libinfo.find_libtvm_ffi())
     compiler: list[str | Path] = [find_cxx(), *_CXX_FLAGS, *(f"-isystem{folder}" for folder in includes)]
     linker = [*_LINK_FLAGS, "-Wl,--version-script=exports.map", f"-L{ffi_library.parent}", "-ltvm_ffi", "-ldl"]
-    run_tool([*compiler, launcher.name, *objects, *linker, "-o", library], work, f"{launcher.name}: C++ compiler")
+    run_tool([*compiler, launcher.name, *objects, *linker, "-o", library], work, f"{library}: C++ compiler")
 
 
-def _tool_versions(*, cuda: bool) -> dict[str, str]:
-    tools = {name: importlib.metadata.version(name) for name in ("tilelang", "apache-tvm-ffi")}
-    tools |= {"python": platform.python_version(), "cxx": tool_version(find_cxx())}
-    if cuda:
-        toolkit = find_cuda_toolkit()
-        tools |= {"nvcc": tool_version(toolkit.nvcc), "ptxas": tool_version(toolkit.ptxas)}
-    return tools
+def _install(manifest: Manifest, work: Path, target: Path) -> None:
+    """Put the finished files where they belong by renaming their folder: an entry is there whole or not at all."""
+    names = [*manifest.files.values(), manifest.library, manifest_path(work, manifest.name).name]
+    with tempfile.TemporaryDirectory(prefix=building_prefix(manifest.name), dir=target.parent) as folder:
+        made, replaced = Path(folder) / "made", Path(folder) / "replaced"
+        made.mkdir(mode=0o755)
+        manifest_path(work, manifest.name).write_text(manifest.to_json(), encoding="utf-8")
+        for name in names:
+            (work / name).chmod(0o755 if name == manifest.library else 0o644)
+            (work / name).rename(made / name)
+            _flush(made / name)
+        _flush(made)
+        if target.exists():
+            target.rename(replaced)
+        made.rename(target)
+        _flush(target.parent)
 
 
-def _install(manifest: Manifest, work: Path, out_dir: Path) -> None:
-    """Move the finished files into place, the manifest last: a module without one is not there."""
-    target = manifest_path(out_dir, manifest.name)
-    staged = work / target.name
-    staged.write_text(manifest.to_json(), encoding="utf-8")
-    names = [*manifest.files.values(), manifest.library]
-    for name in [*names, staged.name]:
-        with open(work / name, "rb") as file:
-            os.fsync(file.fileno())
-    target.unlink(missing_ok=True)
-    for name in names:
-        (work / name).replace(out_dir / name)
-    staged.replace(target)
-    descriptor = os.open(out_dir, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,4 +2,4 @@
 
 
 class BuildError(RuntimeError):
-    """A module that cannot be built: no compiler, a program that does not lower, a kernel that is not good enough."""
+    """A module that cannot be built: a program that does not lower, or a kernel that is not good enough."""

@@ -1,6 +1,7 @@
 """Multi-head Latent Attention decode through kernels generated from tile programs, behind FlashMLA's API.
 
-Importing this package does no work and imports neither torch nor TVM-FFI; they come with the first use of a name.
+Importing this package does no work and imports neither torch nor TVM-FFI; they come with the first use of a name. Only
+where ``TILEMLA_PRELOAD`` names a preset are its modules loaded at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
     from tilemla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
     from tilemla.loader import ensure_module
-    from tilemla.spec import SUPPORTED_SPECS, KernelSpec, iter_specs
+    from tilemla.preloading import preload_modules
+    from tilemla.spec import PRESETS, SUPPORTED_SPECS, KernelSpec, select_specs
 
 __version__ = "0.1.0"
 
@@ -21,14 +23,17 @@ _HOME = {
     "KernelSpec": "tilemla.spec",
     "ModuleBuildError": "tilemla.errors",
     "ModuleNotBuiltError": "tilemla.errors",
+    "PRESETS": "tilemla.spec",
     "SUPPORTED_SPECS": "tilemla.spec",
     "ensure_module": "tilemla.loader",
     "flash_mla_with_kvcache": "tilemla.interface",
     "get_mla_metadata": "tilemla.interface",
-    "iter_specs": "tilemla.spec",
+    "preload_modules": "tilemla.preloading",
+    "select_specs": "tilemla.spec",
 }
 
 __all__ = [
+    "PRESETS",
     "SUPPORTED_SPECS",
     "FlashMLASchedMeta",
     "KernelSpec",
@@ -37,7 +42,8 @@ __all__ = [
     "ensure_module",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
-    "iter_specs",
+    "preload_modules",
+    "select_specs",
 ]
 
 
@@ -52,3 +58,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _preload_if_asked() -> None:
+    from tilemla import env
+
+    if env.preload_preset() is not None:
+        importlib.import_module("tilemla.preload")
+
+
+_preload_if_asked()

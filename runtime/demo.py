@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from tilemla import flash_mla_with_kvcache, get_mla_metadata
-from tilemla.errors import ModuleBuildError
+from tilemla.generate import run_side_by_side
 from tilemla.loader import ensure_module
-from tilemla.manifest import Manifest
+from tilemla.progress import show_progress
 from tilemla.spec import SUPPORTED_SPECS, KernelSpec
+from tilemla.store import Entry
 
 LENGTHS = (1, 63, 64, 700, 0, 4100, 129, 2900)
 NUM_HEADS_Q, NUM_HEADS_K, SEQ_LEN_Q = 16, 1, 2
@@ -115,10 +112,10 @@ def compare(
     return right, f"{float(out_error.max()):>13.1e}{abs(cosine):>13.1e}{largest_lse_error:>13.1e}"
 
 
-def report_module(manifest: Manifest, library: Path) -> None:
+def report_module(entry: Entry) -> None:
     """Say what a module is and, for each kernel, what it uses."""
-    print(f"  {library.name}")
-    for kernel in manifest.kernels:
+    print(f"  {entry.library.name}")
+    for kernel in entry.manifest.kernels:
         spills = kernel.spill_store_bytes + kernel.spill_load_bytes
         print(
             f"    {kernel.name}: {kernel.registers} registers, {spills} bytes spilled, "
@@ -126,17 +123,28 @@ def report_module(manifest: Manifest, library: Path) -> None:
         )
 
 
-def build_all(specs: list[KernelSpec]) -> Iterator[tuple[KernelSpec, tuple[Manifest, Path] | ModuleBuildError]]:
-    """Find or generate modules side by side, each in a child process."""
+def build_all() -> tuple[dict[str, list[Entry]], dict[str, str]]:
+    """Find or generate every module: those that are there, and what went wrong, by architecture."""
+    with show_progress() as progress:
 
-    def build(spec: KernelSpec) -> tuple[Manifest, Path] | ModuleBuildError:
-        try:
-            return ensure_module(spec)
-        except ModuleBuildError as error:
-            return error
+        def make(spec: KernelSpec) -> tuple[Entry, bool]:
+            return ensure_module(spec, lambda step: progress.step(spec.name, step)).entry, True
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield from zip(specs, pool.map(build, specs), strict=True)
+        outcomes = run_side_by_side(
+            SUPPORTED_SPECS,
+            make,
+            on_done=lambda outcome: progress.done(
+                outcome.spec.name, "failed" if outcome.error else f"ready after {outcome.seconds:.1f} s"
+            ),
+        )
+    built: dict[str, list[Entry]] = {}
+    problems: dict[str, str] = {}
+    for outcome in outcomes:
+        if outcome.entry is not None:
+            built.setdefault(outcome.spec.arch, []).append(outcome.entry)
+        elif outcome.error is not None:
+            problems[outcome.spec.arch] = outcome.error
+    return built, problems
 
 
 def main() -> int:
@@ -144,14 +152,7 @@ def main() -> int:
     tokens = f"{sum(LENGTHS):,} tokens in {len(LENGTHS)} requests, {SEQ_LEN_Q} queries of {NUM_HEADS_Q} heads each"
     print(f"MLA decode: {tokens}, shuffled pages of {PAGE_BLOCK_SIZE}, NaN in unused slots", flush=True)
     failed = False
-    built: dict[str, list[tuple[Manifest, Path]]] = {}
-    problems: dict[str, str] = {}
-    for spec, result in build_all(list(SUPPORTED_SPECS)):
-        if isinstance(result, ModuleBuildError):
-            problems[spec.arch] = str(result)
-        else:
-            built.setdefault(spec.arch, []).append(result)
-
+    built, problems = build_all()
     devices = [torch.device("cpu")] if "cpu" in built else []
     if "sm_90a" in built and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
         devices.append(torch.device("cuda", torch.cuda.current_device()))
@@ -160,9 +161,9 @@ def main() -> int:
             failed |= not decode_and_compare(device, dtype)
 
     for arch, modules in built.items():
-        print(f"\n{arch} modules in {modules[0][1].parent}:")
-        for manifest, library in modules:
-            report_module(manifest, library)
+        print(f"\n{arch} modules in {modules[0].directory.parent}:")
+        for entry in modules:
+            report_module(entry)
     for arch, problem in problems.items():
         if arch == "sm_90a" and "no nvcc was found" in problem:
             print("\nsm_90a modules were not built: there is no nvcc here")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 from pathlib import Path
 
-import platformdirs
+# What `tilemla` reads beside compilers' own variables; `tilemla doctor` shows those that are set.
+NAMES = ("TILEMLA_MODULE_PATH", "TILEMLA_CACHE_DIR", "TILEMLA_BUILD", "TILEMLA_PRELOAD", "TILEMLA_LOG")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("", "0", "false", "no", "off")
 
-
-def _flag(name: str) -> bool:
-    value = os.environ.get(name, "").strip().lower()
-    if value in _TRUE:
-        return True
-    if value in _FALSE:
-        return False
-    raise ValueError(f"{name} must be 1 or 0, got {value!r}")
+def _choice(name: str, choices: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(name, "").strip().lower() or default
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {os.environ[name]!r}")
+    return value
 
 
 def module_path() -> tuple[Path, ...]:
@@ -29,12 +28,49 @@ def module_path() -> tuple[Path, ...]:
 def cache_dir() -> Path:
     """``TILEMLA_CACHE_DIR``: where modules generated on demand are kept; by default the user's cache directory."""
     value = os.environ.get("TILEMLA_CACHE_DIR")
-    return Path(value).expanduser().absolute() if value else Path(platformdirs.user_cache_path("tilemla"))
+    if value:
+        return Path(value).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_path("tilemla"))
 
 
-def build_disabled() -> bool:
-    """``TILEMLA_DISABLE_BUILD=1``: never generate a module on demand, raise ``ModuleNotBuiltError`` instead."""
-    return _flag("TILEMLA_DISABLE_BUILD")
+def build_allowed() -> bool:
+    """``TILEMLA_BUILD``: ``auto`` generates a missing module on demand, ``never`` raises ``ModuleNotBuiltError``."""
+    return _choice("TILEMLA_BUILD", ("auto", "never"), "auto") == "auto"
+
+
+def log_level() -> str | None:
+    """``TILEMLA_LOG``: ``debug``, ``info``, ``warning`` or ``error``; unset leaves logging to the application."""
+    return _choice("TILEMLA_LOG", _LOG_LEVELS, "warning").upper() if os.environ.get("TILEMLA_LOG") else None
+
+
+def preload_preset() -> str | None:
+    """``TILEMLA_PRELOAD``: the preset whose modules are loaded when tilemla is imported.
+
+    Nothing in tilemla's own commands: ``tilemla doctor`` has to tell what is wrong where preloading fails.
+    """
+    value = os.environ.get("TILEMLA_PRELOAD", "").strip()
+    return None if _is_own_command() else value or None
+
+
+def _is_own_command() -> bool:
+    words = sys.orig_argv
+    as_module = any(
+        flag == "-m" and name.partition(".")[0] == "tilemla" and name != "tilemla.demo"
+        for flag, name in itertools.pairwise(words)
+    )
+    return as_module or Path(sys.argv[0] if sys.argv else "").name == "tilemla"
+
+
+def in_force() -> dict[str, str]:
+    """Those of ``NAMES`` that are set, with their values."""
+    return {name: os.environ[name] for name in NAMES if name in os.environ}
+
+
+def for_child() -> dict[str, str]:
+    """The environment for a child process that generates: this one, but it must not preload what it is to make."""
+    return {name: value for name, value in os.environ.items() if name != "TILEMLA_PRELOAD"}
 
 
 def cuda_homes() -> tuple[Path, ...]:

@@ -9,3 +9,7 @@ class ModuleNotBuiltError(NotImplementedError):
 
 class ModuleBuildError(ModuleNotBuiltError):
     """Generating a module was tried and failed: no compiler, no TileLang, or a kernel that is not good enough."""
+
+
+class ToolchainError(RuntimeError):
+    """A compiler is missing or failed; says what to install, or what it printed."""

@@ -1,24 +1,38 @@
-"""From a kernel spec to a loaded module: built ahead, cached, or generated now in a child process."""
+"""From a kernel spec to a loaded module: built ahead, installed as a wheel, cached, or generated now."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import filelock
+from typing import NamedTuple
 
 from tilemla import env
-from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
-from tilemla.manifest import Manifest, ManifestError, manifest_path, read_manifest, verify_library
-from tilemla.source_key import source_key
+from tilemla.errors import ModuleNotBuiltError
+from tilemla.generate import OnStep, generate_module
+from tilemla.host import why_unmet
+from tilemla.log import logger
+from tilemla.manifest import Manifest, ManifestError, manifest_path
+from tilemla.progress import show_progress
 from tilemla.spec import KernelSpec
+from tilemla.store import (
+    PROGRAMS,
+    Entry,
+    Location,
+    cache_store,
+    check_private,
+    entry_dir,
+    read_entry,
+    search_path,
+    why_cannot_generate,
+)
 
-PROGRAMS = ("get_mla_metadata", "mla_decode")
-_OUTPUT_TAIL_CHARS = 4000
+
+class Found(NamedTuple):
+    """A module on disk, and the place that it was taken from."""
+
+    entry: Entry
+    location: Location
 
 
 class LoadedModule(NamedTuple):
@@ -33,29 +47,13 @@ class LoadedModule(NamedTuple):
 _loaded: dict[KernelSpec, LoadedModule] = {}
 _load_lock = threading.RLock()
 
-
-def _check_entry(spec: KernelSpec, directory: Path, key: str | None) -> tuple[Manifest, Path] | None:
-    """The entry of ``spec`` in ``directory``, None when there is none; ManifestError when it is not what it says."""
-    path = manifest_path(directory, spec.name)
-    if not path.is_file():
-        return None
-    manifest = read_manifest(path)
-    if manifest.spec != spec.to_dict():
-        raise ManifestError(f"{path}: expected a module for {spec.to_dict()}, got one for {manifest.spec}")
-    missing = [name for name in PROGRAMS if name not in manifest.programs]
-    if missing:
-        raise ManifestError(f"{path}: the module lacks {', '.join(missing)}")
-    if key is not None and manifest.source_key != key:
-        raise ManifestError(f"{path}: expected source key {key}, got {manifest.source_key}")
-    return manifest, verify_library(manifest, directory)
+_MEND = {
+    "directory": "build it anew with `tilemla build` or take the directory out of TILEMLA_MODULE_PATH",
+    "wheel": "install the wheel anew or uninstall it",
+}
 
 
-def cache_entry_dir() -> Path:
-    """The directory of cached modules that fit the installed sources and tools."""
-    return env.cache_dir() / source_key()
-
-
-def find_module(spec: KernelSpec) -> tuple[Manifest, Path] | None:
+def find_module(spec: KernelSpec) -> Found | None:
     """Look for a built module without building one.
 
     Parameters
@@ -65,104 +63,62 @@ def find_module(spec: KernelSpec) -> tuple[Manifest, Path] | None:
 
     Returns
     -------
-    (Manifest, Path) or None
-        Manifest and library of the first sound module, in ``TILEMLA_MODULE_PATH``, then in the cache. A damaged cache
-        entry counts as none.
+    Found or None
+        The first one in ``TILEMLA_MODULE_PATH``, in installed module wheels, then in the cache. A damaged cache entry
+        counts as none.
 
     Raises
     ------
     ModuleNotBuiltError
-        When a module in ``TILEMLA_MODULE_PATH`` is damaged: it is not ours to replace, and not to be passed over.
+        When a module in ``TILEMLA_MODULE_PATH`` or in a wheel is damaged: it is not ours to replace, and not to be
+        passed over. When others can write to the cache.
     """
-    for directory in env.module_path():
+    for location in search_path(spec.arch):
+        if location.kind == "cache":
+            _refuse_shared(spec, location.store)
         try:
-            # Built elsewhere, perhaps with tools that are not here: its source key may differ.
-            found = _check_entry(spec, directory, key=None)
+            entry = read_entry(spec, location.store)
         except ManifestError as error:
-            raise ModuleNotBuiltError(f"TILEMLA_MODULE_PATH holds a damaged module: {error}") from error
-        if found is not None:
-            return found
-    try:
-        return _check_entry(spec, cache_entry_dir(), key=source_key())
-    except ManifestError:
-        return None
+            if location.kind == "cache":
+                logger().warning("damaged module in the cache: %s", error)
+                continue
+            raise ModuleNotBuiltError(
+                f"{location.label} holds a damaged module: {error}; {_MEND[location.kind]}"
+            ) from error
+        if entry is not None:
+            logger().info("%s: taken from %s (%s)", spec.name, entry.directory, location.label)
+            return Found(entry, location)
+        logger().info("%s: not in %s (%s)", spec.name, location.store, location.label)
+    return None
 
 
-def _delete_entry(spec: KernelSpec, directory: Path) -> None:
-    """Remove what a damaged entry left; a process that has the library open keeps its copy."""
-    # The manifest first: without it the rest is no entry.
-    manifest_path(directory, spec.name).unlink(missing_ok=True)
-    for path in directory.glob(f"{spec.name}[._]*"):
-        if path.suffix != ".lock":
-            path.unlink(missing_ok=True)
+def _refuse_shared(spec: KernelSpec, store: Path) -> None:
+    entry = entry_dir(store, spec.name)
+    for path in (env.cache_dir(), store, entry, manifest_path(entry, spec.name), entry / f"{spec.name}.so"):
+        if path.exists():
+            check_private(path)
 
 
-def _report(message: str) -> None:
-    print(f"tilemla: {message}", file=sys.stderr, flush=True)
-
-
-def _run_build(spec: KernelSpec, directory: Path) -> None:
-    """Generate the module in a child process, so that no compiler state ever enters this one."""
-    if not sys.executable:
-        raise ModuleBuildError(f"cannot generate {spec.name}: this process has no Python interpreter to start")
-    command = [sys.executable, "-m", "tilemla.codegen", "build"]
-    command += ["--arch", spec.arch, "--dtype", spec.dtype, "--out", str(directory)]
-    _report(f"generating {spec.name} (once; kept in {directory})")
-    try:
-        # Not in the caller's directory: `-m` would put it first on the child's path.
-        child = subprocess.Popen(
-            command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-    except OSError as error:
-        raise ModuleBuildError(f"cannot generate {spec.name}: {sys.executable} does not start ({error})") from error
-    tail = ""
-    with child:
-        stream: Any = child.stdout
-        while chunk := stream.read1(65536):
-            text = chunk.decode(errors="replace")
-            sys.stderr.write(text)
-            sys.stderr.flush()
-            tail = (tail + text)[-_OUTPUT_TAIL_CHARS:]
-    if child.returncode != 0:
-        raise ModuleBuildError(
-            f"generating {spec.name} failed: `{' '.join(command)}` exited with {child.returncode}; "
-            f"its last output was:\n{tail.strip()}"
-        )
-
-
-def _acquire_lock(spec: KernelSpec, directory: Path) -> filelock.BaseFileLock:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(directory / f"{spec.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _report(f"waiting for another process that generates {spec.name}")
-            lock.acquire()
-    except OSError as error:
-        raise ModuleNotBuiltError(
-            f"{spec.name} is not built and the cache {directory} cannot be written ({error}); set TILEMLA_CACHE_DIR"
-        ) from error
-    return lock
-
-
-def ensure_module(spec: KernelSpec) -> tuple[Manifest, Path]:
-    """Find the module of ``spec``, or generate it.
+def ensure_module(spec: KernelSpec, on_step: OnStep | None = None) -> Found:
+    """Find the module of ``spec``, or generate it into the cache.
 
     Parameters
     ----------
     spec : KernelSpec
         What the module must be specialised on.
+    on_step : callable, optional
+        Told each step of generating it in a few words; by default they are shown on stderr.
 
     Returns
     -------
-    (Manifest, Path)
-        Manifest and library, whose hash has been checked.
+    Found
+        The module, whose hash has been checked.
 
     Raises
     ------
     ModuleNotBuiltError
-        When the module is not there and ``TILEMLA_DISABLE_BUILD`` is set, or a prebuilt one is damaged.
+        When the module is not there and ``TILEMLA_BUILD`` is ``never``, when a prebuilt one is damaged, or when the
+        cache is writable by others or cannot be written.
     ModuleBuildError
         When generating it failed.
     """
@@ -172,46 +128,46 @@ def ensure_module(spec: KernelSpec) -> tuple[Manifest, Path]:
     found = find_module(spec)
     if found is not None:
         return found
-    directory = cache_entry_dir()
-    if env.build_disabled():
-        looked = ", ".join(str(path) for path in (*env.module_path(), directory))
-        raise ModuleNotBuiltError(
-            f"{spec.name} is not built and TILEMLA_DISABLE_BUILD is set; looked in {looked}. Build it with "
-            f"`tilemla build --arch {spec.arch} --dtype {spec.dtype} --out DIR` and put DIR in TILEMLA_MODULE_PATH"
-        )
-    lock = _acquire_lock(spec, directory)
-    try:
-        found = find_module(spec)
-        if found is not None:  # another process was faster
-            return found
-        _delete_entry(spec, directory)
-        _run_build(spec, directory)
-        try:
-            found = _check_entry(spec, directory, key=source_key())
-        except ManifestError as error:
-            raise ModuleBuildError(
-                f"generating {spec.name} left a module that does not check: {error}. If it is the source key: the "
-                "sources were changed while this process ran, start it again"
-            ) from error
-        if found is None:
-            raise ModuleBuildError(f"generating {spec.name} left no module in {directory}")
-        return found
-    finally:
-        lock.release()
+    reason = why_cannot_generate(spec.arch)
+    if reason is not None:
+        raise ModuleNotBuiltError(_explain_missing(spec, reason))
+    store = cache_store(spec.arch)
+    check_private(env.cache_dir())
+    logger().info("%s: generating into %s", spec.name, store)
+    if on_step is not None:
+        entry, _ = generate_module(spec, store, on_step)
+    else:
+        with show_progress() as progress:
+            entry, made = generate_module(spec, store, lambda step: progress.step(spec.name, step))
+            progress.done(spec.name, f"{'generated into' if made else 'found in'} {entry.directory}")
+    return Found(entry, Location("cache", store, "cache"))
 
 
-def load_module(spec: KernelSpec) -> LoadedModule:
+def _explain_missing(spec: KernelSpec, reason: str) -> str:
+    looked = ", ".join(f"{place.store} ({place.label})" for place in search_path(spec.arch))
+    options = f"--arch {spec.arch} --dtype {spec.dtype} --head-dim-qk {spec.head_dim_qk}"
+    options += f" --page-block-size {spec.page_block_size}"
+    return (
+        f"{spec.name} is not built and cannot be generated here: {reason}. Looked in {looked or 'no place'}. Where a "
+        f"compiler is, build it with `tilemla build {options} --out-dir DIR` and put DIR in TILEMLA_MODULE_PATH, or "
+        "add --wheel and install the wheel"
+    )
+
+
+def load_module(spec: KernelSpec, on_step: OnStep | None = None) -> LoadedModule:
     """Open the module of ``spec``; the second time, return the open one.
 
     Parameters
     ----------
     spec : KernelSpec
         What the module must be specialised on.
+    on_step : callable, optional
+        As ``ensure_module``.
 
     Raises
     ------
     ModuleNotBuiltError, ModuleBuildError
-        As ``ensure_module``.
+        As ``ensure_module``; also when this machine lacks what the module needs.
     """
     loaded = _loaded.get(spec)
     if loaded is not None:
@@ -219,17 +175,25 @@ def load_module(spec: KernelSpec) -> LoadedModule:
     with _load_lock:
         loaded = _loaded.get(spec)
         if loaded is None:
-            manifest, library = ensure_module(spec)
-            loaded = _loaded[spec] = open_module(manifest, library)
+            loaded = _loaded[spec] = open_module(ensure_module(spec, on_step).entry)
     return loaded
 
 
-def open_module(manifest: Manifest, library: Path) -> LoadedModule:
-    """Open a library that has been checked against its manifest."""
+def open_module(entry: Entry) -> LoadedModule:
+    """Open a library that has been checked against its manifest.
+
+    Raises
+    ------
+    ModuleNotBuiltError
+        When this machine lacks what the module needs: a driver, C library or C++ library that is new enough.
+    """
+    reason = why_unmet(entry.manifest.requires)
+    if reason is not None:
+        raise ModuleNotBuiltError(f"{entry.library} does not run on this machine: {reason}")
     import tvm_ffi
 
-    module = tvm_ffi.load_module(str(library))
-    return LoadedModule(manifest, library, *(module.get_function(name) for name in PROGRAMS))
+    module = tvm_ffi.load_module(str(entry.library))
+    return LoadedModule(entry.manifest, entry.library, *(module.get_function(name) for name in PROGRAMS))
 
 
 def loaded_specs() -> tuple[KernelSpec, ...]:

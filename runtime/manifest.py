@@ -13,7 +13,7 @@ from typing import Any
 
 # Raise it when the layout of a manifest or the parameters of an exported function change: a module that was built ahead
 # by another version is then refused instead of being called with the wrong arguments.
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 
 
 class ManifestError(ValueError):
@@ -36,6 +36,8 @@ class KernelReport:
         Bytes of one thread's spills and stack frame; a module that has any is not built.
     smem_static_bytes, smem_dynamic_bytes : int
         Shared memory of one CTA, declared in the kernel and asked for at launch.
+    threads : int
+        Threads of one CTA.
     """
 
     name: str
@@ -46,11 +48,31 @@ class KernelReport:
     stack_bytes: int
     smem_static_bytes: int
     smem_dynamic_bytes: int
+    threads: int
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA in bytes, static and dynamic."""
         return self.smem_static_bytes + self.smem_dynamic_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirements:
+    """The least versions that a machine must have to run a module; an empty string asks for nothing.
+
+    Parameters
+    ----------
+    glibc : str
+        Version of the C library, such as ``"2.34"``.
+    libstdcxx : str
+        Greatest ``GLIBCXX`` symbol version of the C++ library, such as ``"3.4.21"``.
+    driver : str
+        CUDA version that the driver supports, as ``nvidia-smi`` shows it, such as ``"13.0"``.
+    """
+
+    glibc: str = ""
+    libstdcxx: str = ""
+    driver: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +89,23 @@ class Manifest:
         File name of the shared library, beside the manifest.
     sha256 : str
         Hash of the library's bytes, as 64 hexadecimal digits.
-    source_key : str
-        ``source_key()`` of the sources that the module was generated from.
+    fingerprint : str
+        ``source_fingerprint()`` of the sources that the module was generated from.
     programs : tuple of str
         Names of the TVM-FFI functions that the library exports.
     files : dict of str to str
-        File names of what is kept beside the library, by role: ``launcher``, ``<program>.source``, ``<program>.ptx``.
+        File names of what is kept beside the library, by role: ``launcher`` and, for each program, ``<program>.tir``
+        (the tile program), ``<program>.source`` and, for a GPU, ``<program>.ptx`` and ``<program>.cubin``.
     kernels : tuple of KernelReport
         One report per device kernel; empty for a CPU module.
     tools : dict of str to str
-        Versions of the tools that took part.
+        ``tool_versions(arch)`` of the machine that built it.
+    flags : dict of str to list of str
+        Options that the compilers were given, by tool.
+    requires : Requirements
+        What a machine must have to run it.
+    tilemla_version : str
+        Version of this package that built it.
     format : int
         Version of this layout and of the calling convention of the exported functions.
     """
@@ -85,11 +114,14 @@ class Manifest:
     spec: dict[str, Any]
     library: str
     sha256: str
-    source_key: str
+    fingerprint: str
     programs: tuple[str, ...]
     files: dict[str, str]
     kernels: tuple[KernelReport, ...]
     tools: dict[str, str]
+    flags: dict[str, list[str]]
+    requires: Requirements
+    tilemla_version: str
     format: int = MANIFEST_FORMAT
 
     def to_json(self) -> str:
@@ -109,9 +141,13 @@ class Manifest:
             fields = json.loads(text)
             if not isinstance(fields, dict) or fields.get("format") != MANIFEST_FORMAT:
                 got = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-                raise ManifestError(f"{where}: expected manifest format {MANIFEST_FORMAT}, got {got!r}")
+                raise ManifestError(
+                    f"{where}: expected manifest format {MANIFEST_FORMAT}, got {got!r}: this tilemla does not read it, "
+                    "build the module anew"
+                )
             fields["programs"] = tuple(fields["programs"])
             fields["kernels"] = tuple(KernelReport(**kernel) for kernel in fields["kernels"])
+            fields["requires"] = Requirements(**fields["requires"])
             return cls(**fields)
         except ManifestError:
             raise

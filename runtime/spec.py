@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 ARCHS = ("sm_90a", "cpu")
@@ -121,15 +121,60 @@ SUPPORTED_SPECS: tuple[KernelSpec, ...] = tuple(
     for page_block_size in PAGE_BLOCK_SIZES
 )
 
+# The modules that serve a model, whatever its number of heads, batch and lengths: those are run-time arguments.
+PRESETS: dict[str, tuple[KernelSpec, ...]] = {
+    # DeepSeek-V3 and R1: 512 + 64 latent dimensions, 128 query heads (16 on each of eight GPUs), pages of 64 tokens.
+    "deepseek-v3": tuple(
+        spec
+        for spec in SUPPORTED_SPECS
+        if (spec.kv_format, spec.head_dim_qk, spec.head_dim_v, spec.page_block_size) == ("dense", 576, 512, 64)
+    ),
+}
 
-def iter_specs(arch: str | None = None, dtype: str | None = None) -> Iterator[KernelSpec]:
-    """The supported specs, in a fixed order.
+
+def select_specs(
+    *,
+    presets: Collection[str] = (),
+    archs: Collection[str] = (),
+    dtypes: Collection[str] = (),
+    kv_formats: Collection[str] = (),
+    head_dims_qk: Collection[int] = (),
+    head_dims_v: Collection[int] = (),
+    page_block_sizes: Collection[int] = (),
+) -> list[KernelSpec]:
+    """The specs of some presets, narrowed by field.
 
     Parameters
     ----------
-    arch, dtype : str, optional
-        Keep only the specs of this architecture or dtype.
+    presets : collection of str
+        Keys of ``PRESETS``, whose specs are joined; none takes every supported spec.
+    archs, dtypes, kv_formats, head_dims_qk, head_dims_v, page_block_sizes : collection
+        Values of a field to keep; none keeps all.
+
+    Returns
+    -------
+    list of KernelSpec
+        In the order of ``SUPPORTED_SPECS``; empty when nothing fits.
+
+    Raises
+    ------
+    ValueError
+        On a preset that does not exist.
     """
-    for spec in SUPPORTED_SPECS:
-        if arch in (None, spec.arch) and dtype in (None, spec.dtype):
-            yield spec
+    for preset in presets:
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    chosen = {spec for preset in presets for spec in PRESETS[preset]} if presets else set(SUPPORTED_SPECS)
+    filters = (
+        ("arch", archs),
+        ("dtype", dtypes),
+        ("kv_format", kv_formats),
+        ("head_dim_qk", head_dims_qk),
+        ("head_dim_v", head_dims_v),
+        ("page_block_size", page_block_sizes),
+    )
+    return [
+        spec
+        for spec in SUPPORTED_SPECS
+        if spec in chosen and all(not values or getattr(spec, field) in values for field, values in filters)
+    ]

@@ -1,22 +1,19 @@
-"""Launchers, manifests and the command line, on small programs that need no GPU."""
+"""Launchers, manifests and compilers, on small programs that need no GPU."""
 
 import dataclasses
-import json
-import subprocess
 
 import pytest
 import torch
 import tvm_ffi
-from click.testing import CliRunner
 
 from small_programs import make_row_sum
-from tilemla import loader, source_key
-from tilemla.codegen import build, cli, ptxas, toolchain
+from tilemla import __version__, fingerprint, toolchain
+from tilemla.codegen import build, ptxas
 from tilemla.codegen.build import build_programs
 from tilemla.codegen.errors import BuildError
-from tilemla.errors import ModuleNotBuiltError
+from tilemla.errors import ToolchainError
 from tilemla.manifest import ManifestError, manifest_path, read_manifest, verify_library
-from tilemla.spec import SUPPORTED_SPECS, KernelSpec
+from tilemla.spec import KernelSpec
 
 PTXAS_REPORT = """\
 ptxas info    : 0 bytes gmem
@@ -35,10 +32,14 @@ ptxas info    : Used 168 registers, used 3 barriers, 48 bytes cumulative stack s
 
 @pytest.fixture(scope="module", params=["float16", "bfloat16"])
 def row_sum(request, tmp_path_factory):
-    """(dtype, directory, manifest) of a CPU module."""
+    """(dtype, entry) of a CPU module."""
     folder = tmp_path_factory.mktemp("row_sum")
-    manifest = build_programs("row_sum", {"row_sum": make_row_sum(request.param)}, "cpu", folder, dtype=request.param)
-    return getattr(torch, request.param), folder, manifest
+    entry = build_programs("row_sum", {"row_sum": make_row_sum(request.param)}, "cpu", folder, dtype=request.param)
+    return getattr(torch, request.param), entry
+
+
+def function_of(entry):
+    return tvm_ffi.load_module(str(entry.library)).get_function("row_sum")
 
 
 def good_arguments(dtype):
@@ -47,8 +48,8 @@ def good_arguments(dtype):
 
 
 def test_a_launcher_passes_shapes_strides_and_scalars(row_sum):
-    dtype, folder, manifest = row_sum
-    function = tvm_ffi.load_module(str(folder / manifest.library)).get_function("row_sum")
+    dtype, entry = row_sum
+    function = function_of(entry)
     for negate in (0, 1):
         arguments = good_arguments(dtype)
         arguments[-1] = negate
@@ -58,8 +59,8 @@ def test_a_launcher_passes_shapes_strides_and_scalars(row_sum):
 
 
 def test_an_empty_batch_is_not_an_error(row_sum):
-    dtype, folder, manifest = row_sum
-    function = tvm_ffi.load_module(str(folder / manifest.library)).get_function("row_sum")
+    dtype, entry = row_sum
+    function = function_of(entry)
     function(torch.empty((0, 33), dtype=dtype), torch.zeros(1, dtype=torch.int32), torch.empty(0), 1.0, 0)
 
 
@@ -80,8 +81,8 @@ def test_an_empty_batch_is_not_an_error(row_sum):
     ],
 )
 def test_a_bad_argument_is_named_with_what_was_expected_and_received(row_sum, index, value, error, words):
-    dtype, folder, manifest = row_sum
-    function = tvm_ffi.load_module(str(folder / manifest.library)).get_function("row_sum")
+    dtype, entry = row_sum
+    function = function_of(entry)
     arguments = good_arguments(dtype)
     arguments[index] = value(arguments[index])
     with pytest.raises(error) as caught:
@@ -92,24 +93,35 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_received(row_sum, in
 
 
 def test_a_missing_argument_is_refused(row_sum):
-    dtype, folder, manifest = row_sum
-    function = tvm_ffi.load_module(str(folder / manifest.library)).get_function("row_sum")
+    dtype, entry = row_sum
+    function = function_of(entry)
     with pytest.raises(TypeError, match="expected 5 arguments, got 4"):
         function(*good_arguments(dtype)[:4])
 
 
 def test_a_manifest_survives_a_round_trip_and_describes_the_library(row_sum):
-    _, folder, manifest = row_sum
+    _, (manifest, folder) = row_sum
     assert read_manifest(manifest_path(folder, "row_sum")) == manifest
     assert verify_library(manifest, folder) == folder / "row_sum.so"
-    assert manifest.source_key == source_key.source_key()
-    assert {"tilelang", "apache-tvm-ffi", "cxx"} <= set(manifest.tools)
+    assert manifest.fingerprint == fingerprint.source_fingerprint()
+    assert manifest.tilemla_version == __version__
+    assert manifest.tools == fingerprint.tool_versions("cpu")
+    assert {"tilelang", "apache-tvm-ffi"} < set(manifest.tools)
+    assert manifest.requires.glibc.startswith("2.") and manifest.requires.libstdcxx.startswith("3.4")
+    assert manifest.requires.driver == ""
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [manifest.library, "row_sum.json", *manifest.files.values()]
     )
+    assert "T.prim_func" in (folder / manifest.files["row_sum.tir"]).read_text()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 99}', "not json"])
+def test_an_entry_is_for_its_owner_to_write(row_sum):
+    folder = row_sum[1].directory
+    assert all(path.stat().st_mode & 0o022 == 0 for path in (folder, *folder.iterdir()))
+    assert [path.name for path in folder.parent.iterdir()] == ["row_sum"], "work in progress was left"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 99}', "not json"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
     path = tmp_path / "m.json"
     path.write_text(text)
@@ -118,14 +130,18 @@ def test_a_damaged_manifest_is_refused(tmp_path, text):
 
 
 def test_a_library_outside_the_directory_is_refused(row_sum):
-    _, folder, manifest = row_sum
+    _, (manifest, folder) = row_sum
     with pytest.raises(ManifestError, match="plain file name"):
         verify_library(dataclasses.replace(manifest, library="../row_sum.so"), folder)
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_failed_build_leaves_the_old_module_alone(tmp_path, monkeypatch):
     build_programs("row_sum", {"row_sum": make_row_sum()}, "cpu", tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
 
     def fail(*_arguments):
         raise BuildError("no")
@@ -133,7 +149,15 @@ def test_a_failed_build_leaves_the_old_module_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "make_launcher", fail)
     with pytest.raises(BuildError, match="no"):
         build_programs("row_sum", {"row_sum": make_row_sum("bfloat16")}, "cpu", tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
+
+
+def test_the_same_sources_give_the_same_bytes_and_replace_what_is_there(tmp_path):
+    first = build_programs("row_sum", {"row_sum": make_row_sum()}, "cpu", tmp_path)
+    before = contents(tmp_path)
+    first.library.write_bytes(b"something else")
+    build_programs("row_sum", {"row_sum": make_row_sum()}, "cpu", tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_ptxas_reports_are_read():
@@ -165,9 +189,9 @@ def test_a_kernel_that_is_not_good_enough_fails_the_build(report, words):
 def test_a_missing_compiler_says_what_to_do(monkeypatch):
     monkeypatch.setattr(toolchain, "_toolkit_candidates", lambda: iter(()))
     monkeypatch.setattr(toolchain.shutil, "which", lambda _name: None)
-    with pytest.raises(BuildError, match=r"CUDA_HOME.*nvidia-cuda-nvcc"):
+    with pytest.raises(ToolchainError, match=r"CUDA_HOME.*nvidia-cuda-nvcc"):
         toolchain.find_cuda_toolkit.__wrapped__()
-    with pytest.raises(BuildError, match=r"g\+\+.*CXX"):
+    with pytest.raises(ToolchainError, match=r"g\+\+.*CXX"):
         toolchain.find_cxx.__wrapped__()
 
 
@@ -177,10 +201,10 @@ def test_an_incomplete_toolkit_says_what_is_missing(tmp_path, monkeypatch):
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
     monkeypatch.setattr(toolchain, "_toolkit_candidates", lambda: iter([(nvcc, ())]))
-    with pytest.raises(BuildError, match=r"no nvcc was found.*has no ptxas beside it"):
+    with pytest.raises(ToolchainError, match=r"no nvcc was found.*has no ptxas beside it"):
         toolchain.find_cuda_toolkit.__wrapped__()
     (tmp_path / "bin" / "ptxas").touch()
-    with pytest.raises(BuildError, match=r"has no cuda\.h in"):
+    with pytest.raises(ToolchainError, match=r"has no cuda\.h in"):
         toolchain.find_cuda_toolkit.__wrapped__()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda.h").touch()
@@ -190,72 +214,3 @@ def test_an_incomplete_toolkit_says_what_is_missing(tmp_path, monkeypatch):
 def test_a_spec_without_a_program_is_refused(tmp_path):
     with pytest.raises(BuildError, match="page_block_size must be 64, got 32"):
         build.build_module(KernelSpec(page_block_size=32), tmp_path)
-
-
-def test_list_prints_every_supported_spec():
-    result = CliRunner().invoke(cli.main, ["list"])
-    assert result.exit_code == 0
-    assert result.output.split() == [spec.name for spec in SUPPORTED_SPECS]
-    only = CliRunner().invoke(cli.main, ["list", "--arch", "cpu", "--dtype", "float16"])
-    assert only.output.split() == [KernelSpec(arch="cpu", dtype="float16").name]
-
-
-def test_build_refuses_an_unknown_arch(tmp_path):
-    result = CliRunner().invoke(cli.main, ["build", "--arch", "sm_80", "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "sm_80" in result.output
-
-
-def test_build_fails_with_the_reason(tmp_path, monkeypatch):
-    def fail(*_arguments):
-        raise BuildError("no nvcc was found")
-
-    monkeypatch.setattr(build, "build_module", fail)
-    result = CliRunner().invoke(
-        cli.main, ["build", "--arch", "sm_90a", "--dtype", "float16", "--out", str(tmp_path / "new")]
-    )
-    assert result.exit_code == 1
-    assert "Error: no nvcc was found" in result.output
-
-
-def test_inspect_prints_the_manifest_and_checks_the_hash(row_sum):
-    _, folder, manifest = row_sum
-    for name in ("row_sum.json", "row_sum.so"):
-        result = CliRunner().invoke(cli.main, ["inspect", str(folder / name)])
-        assert result.exit_code == 0, result.output
-        assert manifest.sha256 in result.output
-        assert "sha256 matches" in result.output
-
-
-def test_a_changed_library_is_refused_everywhere(tmp_path, monkeypatch):
-    spec = KernelSpec(arch="cpu")
-    programs = {name: make_row_sum("bfloat16") for name in loader.PROGRAMS}
-    manifest = build_programs(spec.name, dict(list(programs.items())[:1]), "cpu", tmp_path, spec=spec.to_dict())
-    fields = json.loads(manifest.to_json()) | {"programs": list(loader.PROGRAMS)}
-    manifest_path(tmp_path, spec.name).write_text(json.dumps(fields))
-    monkeypatch.setenv("TILEMLA_MODULE_PATH", str(tmp_path))
-    assert loader.find_module(spec) is not None
-
-    library = tmp_path / manifest.library
-    content = bytearray(library.read_bytes())
-    content[len(content) // 2] ^= 1
-    library.write_bytes(content)
-    with pytest.raises(ManifestError, match=f"expected sha256 {manifest.sha256}"):
-        verify_library(manifest, tmp_path)
-    result = CliRunner().invoke(cli.main, ["inspect", str(library)])
-    assert result.exit_code == 1
-    assert "sha256" in result.output
-    with pytest.raises(ModuleNotBuiltError, match="sha256"):
-        loader.find_module(spec)
-    assert not cli.is_current(spec, tmp_path)
-
-
-def test_a_child_that_fails_reports_its_output(tmp_path, monkeypatch):
-    def run(*_arguments, **_options):
-        return subprocess.CompletedProcess([], 1, stdout="Error: ptxas: a spill\n")
-
-    monkeypatch.setattr(cli.subprocess, "run", run)
-    result = CliRunner().invoke(cli.main, ["build", "--arch", "cpu", "--out", str(tmp_path), "--jobs", "2"])
-    assert result.exit_code == 1
-    assert "2 of 2 modules failed" in result.output
-    assert "ptxas: a spill" in result.output

@@ -8,8 +8,9 @@ import tvm_ffi
 from small_programs import make_spilling, make_tma_wgmma, make_two_kernels
 from tilemla.codegen.build import build_module, build_programs
 from tilemla.codegen.errors import BuildError
-from tilemla.codegen.toolchain import find_cuda_toolkit
-from tilemla.spec import iter_specs
+from tilemla.errors import ToolchainError
+from tilemla.spec import select_specs
+from tilemla.toolchain import find_cuda_toolkit
 
 SMEM_LIMIT_BYTES = 227 * 1024
 
@@ -17,7 +18,7 @@ SMEM_LIMIT_BYTES = 227 * 1024
 def missing_nvcc():
     try:
         find_cuda_toolkit()
-    except BuildError as error:
+    except ToolchainError as error:
         return str(error)
     return None
 
@@ -27,8 +28,11 @@ pytestmark = pytest.mark.skipif(missing_nvcc() is not None, reason=f"needs nvcc:
 
 @pytest.fixture(scope="module")
 def tma_wgmma(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tma_wgmma")
-    return folder, build_programs("scores", {"scores": make_tma_wgmma()}, "sm_90a", folder)
+    return build_programs("scores", {"scores": make_tma_wgmma()}, "sm_90a", tmp_path_factory.mktemp("tma_wgmma"))
+
+
+def text_of(entry, role):
+    return (entry.directory / entry.manifest.files[role]).read_text()
 
 
 def check_ptx(text):
@@ -36,29 +40,30 @@ def check_ptx(text):
 
 
 def test_the_ptx_holds_tma_and_wgmma(tma_wgmma):
-    folder, manifest = tma_wgmma
-    ptx = (folder / manifest.files["scores.ptx"]).read_text()
+    ptx = text_of(tma_wgmma, "scores.ptx")
     check_ptx(ptx)
     assert re.search(r"cp\.async\.bulk\.tensor\.3d\.shared::(cta|cluster)\.global\.mbarrier", ptx)
     assert "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16" in ptx
-    source = (folder / manifest.files["scores.source"]).read_text()
+    source = text_of(tma_wgmma, "scores.source")
     assert "tma_load" in source
     assert "wgmma" in source
+    assert "@T.prim_func" in text_of(tma_wgmma, "scores.tir")
 
 
 def test_registers_and_shared_memory_are_reported(tma_wgmma):
-    _, manifest = tma_wgmma
+    manifest = tma_wgmma.manifest
     (kernel,) = manifest.kernels
     assert (kernel.name, kernel.program) == ("scores_kernel", "scores")
     assert 32 < kernel.registers <= 255  # the product alone holds 32
     assert kernel.smem_dynamic_bytes == 2 * 64 * 128 * 2
     assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
-    assert {"nvcc", "ptxas"} <= set(manifest.tools)
+    assert kernel.threads == 128
+    assert "nvcc" in manifest.tools and "nvcc" in manifest.flags
+    assert manifest.requires.driver == manifest.tools["nvcc"].partition(".")[0] + ".0"
 
 
 def test_the_launcher_encodes_what_the_host_ir_says(tma_wgmma):
-    folder, manifest = tma_wgmma
-    launcher = (folder / manifest.files["launcher"]).read_text()
+    launcher = text_of(tma_wgmma, "launcher")
     maps = re.findall(r"encode_tensor_map<3>\(driver, &m_(\w+)_desc", launcher)
     assert sorted(maps) == ["kcache", "q"]
     assert "strides_bytes[3] = {INT64_C(2), (v_q_stride_row * INT64_C(2)), (v_q_stride_b * INT64_C(2))}" in launcher
@@ -67,8 +72,7 @@ def test_the_launcher_encodes_what_the_host_ir_says(tma_wgmma):
 def test_a_cuda_module_opens_without_a_gpu_and_refuses_cpu_tensors(tma_wgmma):
     import torch
 
-    folder, manifest = tma_wgmma
-    function = tvm_ffi.load_module(str(folder / manifest.library)).get_function("scores")
+    function = tvm_ffi.load_module(str(tma_wgmma.library)).get_function("scores")
     q = torch.zeros((1, 64, 128), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"argument q must be on cuda:0, got cpu"):
         function(q, q, torch.zeros((1, 1), dtype=torch.int32), torch.zeros((1, 64, 64)), 1.0)
@@ -82,28 +86,28 @@ def test_a_spill_fails_the_build(tmp_path):
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_only_a_kernel_that_waits_is_launched_early(tmp_path, waits):
-    manifest = build_programs("two", {"two": make_two_kernels(waits)}, "sm_90a", tmp_path)
-    assert [kernel.name for kernel in manifest.kernels] == ["two_kernel", "two_kernel_1"]
-    launcher = (tmp_path / manifest.files["launcher"]).read_text()
+    entry = build_programs("two", {"two": make_two_kernels(waits)}, "sm_90a", tmp_path)
+    assert [kernel.name for kernel in entry.manifest.kernels] == ["two_kernel", "two_kernel_1"]
+    launcher = text_of(entry, "launcher")
     launches = re.findall(r"kernel\((\d)\).*?, (true|false),\s+params_\d\)", launcher, re.DOTALL)
     assert launches == [("0", "false"), ("1", "true" if waits else "false")]
-    assert ("griddepcontrol.wait" in (tmp_path / manifest.files["two.ptx"]).read_text()) == waits
+    assert ("griddepcontrol.wait" in text_of(entry, "two.ptx")) == waits
 
 
-@pytest.mark.parametrize("spec", tuple(iter_specs("sm_90a")), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", select_specs(archs=("sm_90a",)), ids=lambda spec: spec.name)
 def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
-    manifest = build_module(spec, tmp_path)
-    ptx = (tmp_path / manifest.files["mla_decode.ptx"]).read_text()
+    entry = build_module(spec, tmp_path)
+    ptx = text_of(entry, "mla_decode.ptx")
     check_ptx(ptx)
-    check_ptx((tmp_path / manifest.files["get_mla_metadata.ptx"]).read_text())
+    check_ptx(text_of(entry, "get_mla_metadata.ptx"))
     assert re.search(r"cp\.async\.bulk\.tensor\.4d\.shared::(cta|cluster)\.global\.mbarrier", ptx)
     kind = {"bfloat16": "bf16", "float16": "f16"}[spec.dtype]
     assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.{kind}\.{kind}", ptx)
-    assert manifest.kernels
-    for kernel in manifest.kernels:
+    assert entry.manifest.kernels
+    for kernel in entry.manifest.kernels:
         assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
         assert 0 < kernel.registers <= 255
         assert kernel.smem_bytes <= SMEM_LIMIT_BYTES
-    module = tvm_ffi.load_module(str(tmp_path / manifest.library))
+    module = tvm_ffi.load_module(str(entry.library))
     for program in ("get_mla_metadata", "mla_decode"):
         assert module.get_function(program) is not None

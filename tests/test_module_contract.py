@@ -12,10 +12,10 @@ from tvm_ffi import libinfo
 
 from small_programs import make_row_sum, make_tma_wgmma
 from tilemla.codegen.build import build_programs
-from tilemla.codegen.errors import BuildError
-from tilemla.codegen.toolchain import find_cuda_toolkit
+from tilemla.errors import ToolchainError
 from tilemla.loader import ensure_module
 from tilemla.spec import KernelSpec
+from tilemla.toolchain import find_cuda_toolkit
 
 SYSTEM_LIBRARIES = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libdl.so.2", "libpthread.so.0"}
 
@@ -73,12 +73,12 @@ def run_python(code, **environment):
 
 
 def test_a_process_that_cannot_import_tilelang_tvm_or_z3_is_served(tmp_path):
-    _, library = ensure_module(KernelSpec(arch="cpu"))
+    entry = ensure_module(KernelSpec(arch="cpu")).entry
     done = run_python(
         IN_A_BARE_PROCESS,
-        TILEMLA_MODULE_PATH=str(library.parent),
+        TILEMLA_MODULE_PATH=str(entry.directory.parent),
         TILEMLA_CACHE_DIR=str(tmp_path),
-        TILEMLA_DISABLE_BUILD="1",
+        TILEMLA_BUILD="never",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["served"]
@@ -88,12 +88,12 @@ def test_a_process_that_cannot_import_tilelang_tvm_or_z3_is_served(tmp_path):
 def library(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "cpu":
-        return folder / build_programs("row_sum", {"row_sum": make_row_sum()}, "cpu", folder).library
+        return build_programs("row_sum", {"row_sum": make_row_sum()}, "cpu", folder).library
     try:
         find_cuda_toolkit()
-    except BuildError as error:
+    except ToolchainError as error:
         pytest.skip(f"needs nvcc: {error}")
-    return folder / build_programs("scores", {"scores": make_tma_wgmma()}, "sm_90a", folder).library
+    return build_programs("scores", {"scores": make_tma_wgmma()}, "sm_90a", folder).library
 
 
 def run_tool(*command):

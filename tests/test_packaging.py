@@ -53,14 +53,15 @@ def imports_of(path):
             yield from (f"tilemla.{alias.name}" for alias in node.names) if node.module == "tilemla" else [node.module]
 
 
+# What the runtime imports where it is used, and says how to install.
+OPTIONAL = {"packaging", "matplotlib"}
 # What a room may import, beside the standard library and itself.
 ROOMS = {
-    "runtime": {"torch", "numpy", "tvm_ffi", "filelock", "platformdirs"},
+    "runtime": {"torch", "numpy", "tvm_ffi", "filelock", "platformdirs", "click", "rich", *OPTIONAL},
     "dsl": {"tilelang"},
-    "codegen": {"tilelang", "tvm", "tvm_ffi", "numpy", "click", "tqdm"},
+    "codegen": {"tilelang", "tvm", "tvm_ffi", "numpy", "elftools"},
     "tuning_logs": set(),
 }
-SHARED = {"tilemla.spec", "tilemla.manifest", "tilemla.source_key", "tilemla.env"}
 TILEMLA_ROOMS = {
     "runtime": set(),
     "dsl": {"tilemla.spec", "tilemla.dsl"},
@@ -69,8 +70,12 @@ TILEMLA_ROOMS = {
         "tilemla.codegen",
         "tilemla.spec",
         "tilemla.manifest",
-        "tilemla.source_key",
-        "tilemla.env",
+        "tilemla.fingerprint",
+        "tilemla.store",
+        "tilemla.toolchain",
+        "tilemla.errors",
+        "tilemla.generate",
+        "tilemla.__version__",
     },
     "tuning_logs": set(),
 }

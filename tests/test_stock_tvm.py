@@ -58,12 +58,12 @@ def make_arguments():
 
 
 def test_stock_tvm_gets_the_same_numbers(tmp_path):
-    manifest, library = ensure_module(KernelSpec(arch="cpu", dtype="float16"))
+    entry = ensure_module(KernelSpec(arch="cpu", dtype="float16")).entry
     arguments = make_arguments()
     np.savez(tmp_path / "arguments.npz", **{name: tensor.numpy() for name, tensor in arguments.items()})
     # Importing TileLang, as other tests of this process do, points PYTHONPATH and TVM_LIBRARY_PATH at its own TVM.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TVM_")}
-    command = [sys.executable, "-I", "-c", textwrap.dedent(IN_STOCK_TVM), library]
+    command = [sys.executable, "-I", "-c", textwrap.dedent(IN_STOCK_TVM), entry.library]
     done = subprocess.run(
         [*map(str, command), str(tmp_path / "arguments.npz"), str(tmp_path / "results.npz")],
         env=environment,
@@ -74,7 +74,7 @@ def test_stock_tvm_gets_the_same_numbers(tmp_path):
     )
     assert done.returncode == 0, done.stderr
 
-    module = open_module(manifest, library)
+    module = open_module(entry)
     module.get_mla_metadata(*(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")))
     module.mla_decode(*arguments.values(), SCALE_LOG2, 1, 3, 0)
     results = np.load(tmp_path / "results.npz")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tilemla import env
-from tilemla.codegen.errors import BuildError
+from tilemla.errors import ToolchainError
 
 _NO_NVCC = (
     "no nvcc was found, which sm_90a modules need: set CUDA_HOME to a CUDA toolkit (12.4 or later), put nvcc on PATH, "
@@ -37,16 +37,16 @@ def run_tool(command: Sequence[str | Path], cwd: Path, what: str) -> str:
 
     Raises
     ------
-    BuildError
+    ToolchainError
         When it cannot be started or fails, with the command and its output.
     """
     words = [str(word) for word in command]
     try:
         done = subprocess.run(words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except OSError as error:
-        raise BuildError(f"{what}: {words[0]} cannot be started: {error}") from error
+        raise ToolchainError(f"{what}: {words[0]} cannot be started: {error}") from error
     if done.returncode != 0:
-        raise BuildError(f"{what}: exit status {done.returncode} of: {' '.join(words)}\n{done.stdout.strip()}")
+        raise ToolchainError(f"{what}: exit status {done.returncode} of: {' '.join(words)}\n{done.stdout.strip()}")
     return done.stdout
 
 
@@ -89,7 +89,7 @@ def _nvcc_top(nvcc: Path) -> Path | None:
     """The toolkit folder that nvcc itself reports; finds the real one behind a wrapper script."""
     try:
         text = run_tool([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], Path.cwd(), "nvcc --dryrun")
-    except BuildError:
+    except ToolchainError:
         return None
     match = re.search(r"^#\$ TOP=(.*)$", text, re.MULTILINE)
     return Path(match[1].strip()).resolve() if match else None
@@ -101,7 +101,7 @@ def find_cuda_toolkit() -> CudaToolkit:
 
     Raises
     ------
-    BuildError
+    ToolchainError
         When there is none, or one without ``ptxas`` or ``cuda.h``; says what to do.
     """
     problems = []
@@ -117,7 +117,7 @@ def find_cuda_toolkit() -> CudaToolkit:
             problems.append(f"{nvcc} has no cuda.h in {', '.join(map(str, include_dirs)) or 'any include folder'}")
         else:
             return CudaToolkit(nvcc, ptxas, include_dirs)
-    raise BuildError("; ".join([_NO_NVCC, *problems]))
+    raise ToolchainError("; ".join([_NO_NVCC, *problems]))
 
 
 @functools.cache
@@ -126,11 +126,11 @@ def find_cxx() -> Path:
 
     Raises
     ------
-    BuildError
+    ToolchainError
         When there is none; says what to do.
     """
     for name in (env.cxx(), "g++", "c++", "clang++"):
         found = shutil.which(name) if name else None
         if found:
             return Path(found)
-    raise BuildError(_NO_CXX)
+    raise ToolchainError(_NO_CXX)
