@@ -82,7 +82,9 @@ def bare_site(tmp_path):
     for name in ("torch", "apache-tvm-ffi", "tilemla"):
         folder = site / f"{name.replace('-', '_')}-{importlib.metadata.version(name)}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(importlib.metadata.distribution(name).read_text("METADATA"))
+        distribution = importlib.metadata.distribution(name)  # of a checkout, perhaps: a build's egg-info
+        metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")
+        (folder / "METADATA").write_text(metadata)
     (site / "tilemla").symlink_to(Path(host.__file__).parent)
     return site
 
