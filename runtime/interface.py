@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from tilemla.launch import kernels_for
+from tilemla.plan import DecodePlan
 from tilemla.schedule import (
     FlashMLASchedMeta,
     ScheduleConfig,
@@ -25,9 +25,6 @@ from tilemla.validate import (
 )
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
-
-_LOG2E = math.log2(math.e)
-_FLOAT32_TINY = 2.0**-126  # the smallest normal number
 
 
 def flash_mla_with_kvcache(
@@ -107,35 +104,99 @@ def flash_mla_with_kvcache(
             topk_length=topk_length,
             extra_topk_length=extra_topk_length,
         )
+    # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it
+    # refuses is checked again below, where the argument is named in the words of this interface.
+    try:
+        if tile_scheduler_metadata.__class__ is FlashMLASchedMeta and num_splits is None:
+            metadata, splits = tile_scheduler_metadata.tile_scheduler_metadata, tile_scheduler_metadata.num_splits
+            config = tile_scheduler_metadata.config
+        else:
+            metadata, splits, config = tile_scheduler_metadata, num_splits, None
+        kind = (
+            q.shape,
+            k_cache.shape,
+            block_table.size(0),  # not its width: callers cut it to the longest request
+            cache_seqlens.shape,
+            metadata.shape,
+            splits.shape,
+            q.dtype,
+            q.device,
+            head_dim_v,
+            head_dim_v.__class__,
+            softmax_scale,
+            softmax_scale.__class__,
+            causal,
+            config,
+        )
+        plan = _plans.get(kind)
+    except (AttributeError, TypeError):  # something is no tensor, or cannot be a key
+        kind, plan = None, None
+    if plan is not None and causal.__class__ is bool:
+        try:
+            return plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # what is wrong is found, and said, below
+    return _check_and_decode(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        kind,
+    )
+
+
+# Calls that were checked, by everything but the tensors' addresses and strides.
+_plans: dict[tuple[Any, ...], DecodePlan] = {}
+_MAX_PLANS = 4096
+
+
+def _check_and_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor,
+    num_splits: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    kind: tuple[Any, ...] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check every argument, decode, and remember the plan of a call on a GPU as ``kind``."""
     block_table, cache_seqlens = check_decode_arguments(
         q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal
     )
     batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
     num_blocks, page_block_size, num_heads_k, _ = k_cache.shape
     device = q.device
-    if k_cache.requires_grad:  # DLPack takes no tensor that does; there is no backward pass
-        k_cache = k_cache.detach()
+    if q.requires_grad or k_cache.requires_grad:  # DLPack takes no tensor that does; there is no backward pass
+        q, k_cache = q.detach(), k_cache.detach()
     kernels = kernels_for(device, q.dtype, head_dim_qk, head_dim_v, page_block_size)
     on_cpu = device.type == "cpu"
     if on_cpu:
         check_cpu_pages(block_table, cache_seqlens, num_blocks, page_block_size)
     else:
         k_cache = check_tma_layout(k_cache)
-    group = num_heads_q // num_heads_k
-    rows = seq_len_q * group
-    # The last query sees every token: with one query the mask changes nothing.
-    causal = causal and seq_len_q > 1
+        q = _readable_by_tma(q)
 
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError(f"num_splits must be None beside a FlashMLASchedMeta, got {type(num_splits).__name__}")
         sched_meta = tile_scheduler_metadata
-        config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, device)
+        # The last query sees every token: with one query the mask changes nothing.
+        masked = causal and seq_len_q > 1
+        config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, masked, device)
         if not sched_meta.have_initialized:
-            num_sm_parts = num_sm_parts_for(kernels.num_sms, rows, num_heads_k)
+            num_sm_parts = num_sm_parts_for(kernels.num_sms, seq_len_q * (num_heads_q // num_heads_k), num_heads_k)
             schedule = make_schedule(cache_seqlens, num_sm_parts)
             sched_meta.tile_scheduler_metadata, sched_meta.num_splits = schedule
             sched_meta.config, sched_meta.have_initialized = config, True
+            kind = None  # it speaks of a schedule that was not there
         elif sched_meta.config != config:
             raise ValueError(
                 "tile_scheduler_metadata must be used for calls like the one that filled it in, "
@@ -149,68 +210,36 @@ def flash_mla_with_kvcache(
     if on_cpu:
         check_cpu_schedule(metadata, splits, cache_seqlens)
 
-    softmax_lse = torch.empty((batch_size, num_heads_k, rows), dtype=torch.float32, device=device)
-    out = torch.empty((batch_size, num_heads_k, rows, head_dim_v), dtype=q.dtype, device=device)
-    if batch_size:
-        max_num_splits = batch_size + metadata.shape[0]
-        kernels.mla_decode(
-            _fold_heads(q, num_heads_k, group, on_cpu),
-            # A cache without pages serves requests without tokens, but no kernel can be given an empty tensor.
-            k_cache if num_blocks else k_cache.new_zeros((1, page_block_size, num_heads_k, head_dim_qk)),
-            block_table if block_table.shape[1] else block_table.new_zeros((batch_size, 1)),
-            cache_seqlens,
-            metadata,
-            splits,
-            out,
-            softmax_lse,
-            # out_accum and lse_accum_log2
-            torch.empty((max_num_splits, num_heads_k, rows, head_dim_v), dtype=torch.float32, device=device),
-            torch.empty((max_num_splits, num_heads_k, rows), dtype=torch.float32, device=device),
-            # A scale of 0 still has to leave a masked score at -inf; times this, every finite score is 0 in float32.
-            max((head_dim_qk**-0.5 if softmax_scale is None else softmax_scale) * _LOG2E, _FLOAT32_TINY),
-            seq_len_q,
-            group,
-            int(causal),
-        )
-    return _unfold_heads(out, seq_len_q, group), _unfold_lse(softmax_lse, seq_len_q, group)
+    # A cache without pages serves requests without tokens, but no kernel can be given an empty tensor.
+    has_empty = not (batch_size and num_blocks and block_table.shape[1])
+    if not num_blocks:
+        k_cache = k_cache.new_zeros((1, page_block_size, num_heads_k, head_dim_qk))
+    if not block_table.shape[1]:
+        block_table = block_table.new_zeros((batch_size, 1))
+    plan = DecodePlan(
+        kernels,
+        q,
+        num_heads_k=num_heads_k,
+        head_dim_v=head_dim_v,
+        num_sm_parts=metadata.shape[0],
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+    result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)
+    if kind is not None and not on_cpu and not has_empty:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[kind] = plan
+    return result
 
 
-def _fold_heads(q: torch.Tensor, num_heads_k: int, group: int, on_cpu: bool) -> torch.Tensor:
-    """Bring queries to (batch_size, num_heads_k, seq_len_q * group, head_dim_qk), by view where possible."""
-    batch_size, seq_len_q, _, head_dim_qk = q.shape
-    if q.requires_grad:
-        q = q.detach()
-    if num_heads_k > 1:
-        q = q.view(batch_size, seq_len_q, num_heads_k, group, head_dim_qk).transpose(1, 2)
-    if num_heads_k > 1 or seq_len_q > 1:  # with one query and one KV head, q has that shape already
-        q = q.reshape(batch_size, num_heads_k, seq_len_q * group, head_dim_qk)
-    if on_cpu:
-        return q
-    batch_stride, head_stride, row_stride, _ = q.stride()
-    misaligned = batch_stride | head_stride | row_stride | (q.data_ptr() // q.element_size())
-    if misaligned % TMA_ALIGNMENT_ELEMENTS or not (batch_stride and head_stride and row_stride):
+def _readable_by_tma(q: torch.Tensor) -> torch.Tensor:
+    """Return queries as TMA can read them: as they are, or a copy."""
+    batch_stride, query_stride, head_stride, _ = q.stride()
+    misaligned = batch_stride | query_stride | head_stride | (q.data_ptr() // q.element_size())
+    if misaligned % TMA_ALIGNMENT_ELEMENTS or not (batch_stride and query_stride and head_stride):
         return q.clone(memory_format=torch.contiguous_format)
     return q
-
-
-def _unfold_heads(out: torch.Tensor, seq_len_q: int, group: int) -> torch.Tensor:
-    """Bring (batch_size, num_heads_k, seq_len_q * group, head_dim_v) to (batch_size, seq_len_q, num_heads_q, …)."""
-    batch_size, num_heads_k, _, head_dim_v = out.shape
-    if num_heads_k == 1 == seq_len_q:
-        return out
-    if num_heads_k == 1:
-        return out.view(batch_size, seq_len_q, group, head_dim_v)
-    out = out.view(batch_size, num_heads_k, seq_len_q, group, head_dim_v).transpose(1, 2)
-    return out.reshape(batch_size, seq_len_q, num_heads_k * group, head_dim_v).contiguous()
-
-
-def _unfold_lse(softmax_lse: torch.Tensor, seq_len_q: int, group: int) -> torch.Tensor:
-    """Bring (batch_size, num_heads_k, seq_len_q * group) to (batch_size, num_heads_q, seq_len_q)."""
-    batch_size, num_heads_k, rows = softmax_lse.shape
-    if seq_len_q == 1:
-        return softmax_lse.view(batch_size, num_heads_k * rows, 1)
-    softmax_lse = softmax_lse.view(batch_size, num_heads_k, seq_len_q, group).transpose(2, 3)
-    return softmax_lse.reshape(batch_size, num_heads_k * group, seq_len_q)
 
 
 def _refuse_formats(**arguments: Any) -> None:

@@ -1,0 +1,223 @@
+"""The short way of a call on a GPU that is like one before: same results, same errors, nothing shared wrongly."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+import tilemla
+from cases import Case, make_inputs
+from reference import check_result, reference_of
+from tilemla import interface, workspace
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+# Long enough that every request is split: results pass through the workspace.
+SPLIT = Case((3000, 700), num_heads_q=16)
+CASES = [
+    SPLIT,
+    Case((3000, 0, 65), num_heads_q=6, num_heads_k=2, seq_len_q=3),
+    Case((900,), num_heads_q=9, seq_len_q=2),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    monkeypatch.setattr(interface, "_plans", {})
+    monkeypatch.setattr(workspace, "_workspaces", {})
+
+
+@pytest.fixture
+def only_plans(monkeypatch):
+    """From the moment it is called, a call that does not take the short way fails."""
+
+    def begin():
+        def refuse(*_arguments):
+            raise AssertionError("the call took the long way")
+
+        monkeypatch.setattr(interface, "_check_and_decode", refuse)
+
+    return begin
+
+
+def decode(inputs, schedule=None, **changes):
+    rows = inputs.q.shape[1] * inputs.q.shape[2] // inputs.k_cache.shape[2]
+    if schedule is None:
+        schedule = tilemla.get_mla_metadata(inputs.cache_seqlens, rows, inputs.k_cache.shape[2])
+    arguments = dict(
+        q=inputs.q,
+        k_cache=inputs.k_cache,
+        block_table=inputs.block_table,
+        cache_seqlens=inputs.cache_seqlens,
+        head_dim_v=512,
+        tile_scheduler_metadata=schedule[0],
+        num_splits=schedule[1],
+        causal=True,
+    )
+    return tilemla.flash_mla_with_kvcache(**(arguments | changes))
+
+
+def on_gpu(case, seed=0):
+    return make_inputs(dataclasses.replace(case, seed=seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_the_long_way(case, only_plans):
+    first, second = on_gpu(case), on_gpu(case, seed=1)
+    expected = [decode(inputs) for inputs in (first, second)]
+    assert len(interface._plans) == 1
+    only_plans()
+    for inputs, (out, lse) in zip((first, second), expected, strict=True):
+        again, lse_again = decode(inputs)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+        assert (
+            again.data_ptr() != out.data_ptr() and again.stride() == out.stride() and lse_again.stride() == lse.stride()
+        )
+        check_result(again, lse_again, reference_of(inputs, causal=True))
+
+
+def test_schedule_that_fills_itself_in(only_plans):
+    inputs = on_gpu(SPLIT)
+    schedule = tilemla.get_mla_metadata()
+    out, _ = decode(inputs, schedule)  # fills it in
+    decode(inputs, schedule)
+    only_plans()
+    assert torch.equal(decode(inputs, schedule)[0], out)
+
+
+def test_narrower_block_table_and_strided_queries(only_plans):
+    inputs = on_gpu(SPLIT)
+    out, _ = decode(inputs)
+    only_plans()
+    width = -(-max(SPLIT.lengths) // 64)
+    wide = torch.zeros((2, 1, 16, 2 * 576), dtype=inputs.q.dtype, device=DEVICE)
+    wide[..., :576] = inputs.q
+    assert torch.equal(decode(inputs, block_table=inputs.block_table[:, :width], q=wide[..., :576])[0], out)
+
+
+def test_queries_that_tma_cannot_read_are_copied_all_the_same():
+    inputs = on_gpu(SPLIT)
+    out, _ = decode(inputs)
+    shifted = torch.empty(inputs.q.numel() + 1, dtype=inputs.q.dtype, device=DEVICE)[1:].view(inputs.q.shape)
+    shifted.copy_(inputs.q)
+    for _ in range(2):
+        assert torch.equal(decode(inputs, q=shifted)[0], out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(block_table=lambda x: x.long()), TypeError, "block_table must be int32"),
+        (dict(cache_seqlens=lambda x: x.cpu()), ValueError, "cache_seqlens must be on cuda:0"),
+        (dict(cache_seqlens=lambda x: x.repeat_interleave(2)[::2]), ValueError, "cache_seqlens must be contiguous"),
+        (dict(block_table=lambda x: x.T.contiguous().T), ValueError, "block_table must have stride 1"),
+        (dict(k_cache=lambda x: x.half()), TypeError, "k_cache must be torch.bfloat16"),
+        (dict(num_splits=lambda x: x.float()), TypeError, "num_splits must be int32"),
+        (
+            dict(tile_scheduler_metadata=lambda x: x.T.contiguous().T),
+            ValueError,
+            "tile_scheduler_metadata must be cont",
+        ),
+        (dict(causal=lambda x: 1), TypeError, "causal must be a bool"),
+        (dict(head_dim_v=lambda x: 512.0), TypeError, "head_dim_v must be an int"),
+        (dict(softmax_scale=lambda x: -1.0), ValueError, "softmax_scale must be finite and not negative"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_the_same_errors(changes, error, words):
+    inputs = on_gpu(SPLIT)
+    schedule = tilemla.get_mla_metadata(inputs.cache_seqlens, 16, 1)
+    for _ in range(2):
+        decode(inputs, schedule)
+    ((name, change),) = changes.items()
+    values = dict(zip(("tile_scheduler_metadata", "num_splits"), schedule, strict=True), causal=True, head_dim_v=512)
+    value = change(values[name] if name in values else getattr(inputs, name, None))
+    with pytest.raises(error, match=words):
+        decode(inputs, schedule, **{name: value})
+
+
+def test_gradients_are_not_followed():
+    inputs = on_gpu(SPLIT)
+    out, _ = decode(inputs)
+    again, _ = decode(inputs, q=inputs.q.clone().requires_grad_(), k_cache=inputs.k_cache.clone().requires_grad_())
+    assert torch.equal(again, out) and not again.requires_grad
+
+
+def test_workspaces_are_kept_for_each_stream_and_given_back():
+    inputs = on_gpu(SPLIT)
+    for _ in range(3):
+        decode(inputs)
+    assert len(workspace._workspaces) == 1
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        decode(inputs)
+    assert len(workspace._workspaces) == 2
+    torch.cuda.synchronize()
+    workspace.release_workspaces()
+    assert not workspace._workspaces
+
+
+def test_streams_do_not_disturb_each_other():
+    inputs = [on_gpu(SPLIT, seed) for seed in range(2)]
+    expected = [decode(one)[0] for one in inputs]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    schedules = [tilemla.get_mla_metadata(one.cache_seqlens, 16, 1) for one in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results = []
+        for one, stream, schedule in zip(inputs, streams, schedules, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(decode(one, schedule)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_threads_on_one_stream():
+    inputs = [on_gpu(SPLIT, seed) for seed in range(4)]
+    expected = [decode(one)[0] for one in inputs]
+    wrong = []
+
+    def work(one, right):
+        schedule = tilemla.get_mla_metadata(one.cache_seqlens, 16, 1)
+        for _ in range(100):
+            out, _ = decode(one, schedule)
+            if not torch.equal(out, right):
+                wrong.append(one)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_graph_has_memory_of_its_own():
+    """Replays beside eager calls on another stream, both through split requests."""
+    captured, eager = on_gpu(SPLIT), on_gpu(SPLIT, seed=1)
+    schedules = [tilemla.get_mla_metadata(one.cache_seqlens, 16, 1) for one in (captured, eager)]
+    expected = [decode(one, schedule)[0] for one, schedule in zip((captured, eager), schedules, strict=True)]
+    torch.cuda.synchronize()
+    before = dict(workspace._workspaces)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = decode(captured, schedules[0])
+    assert workspace._workspaces == before
+    side = torch.cuda.Stream()
+    for _ in range(50):
+        out.fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            graph.replay()
+        result, _ = decode(eager, schedules[1])
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected[0]) and torch.equal(result, expected[1])
+
+
+def test_plans_are_not_kept_without_bound(monkeypatch):
+    monkeypatch.setattr(interface, "_MAX_PLANS", 2)
+    for batch_size in (1, 2, 3, 4):
+        decode(on_gpu(Case((100,) * batch_size, num_heads_q=4)))
+        assert len(interface._plans) <= 2
