@@ -1,8 +1,14 @@
 """The tile scheduler: cuts a batch of sequences of any lengths into parts of about equal cost.
 
 The walk follows FlashMLA's ``get_mla_metadata``: a request costs its blocks plus a fixed overhead, and parts are filled
-in order. Within its equal payload a part takes whole requests while they fit, then cuts the next one. The last part
-takes all that is left, so that every block has a part whatever the payload.
+in order. Within its payload a part takes whole requests while they fit, then cuts the next one, or, in a plan without
+cuts, leaves it to the next part.
+
+Which payload, and whether requests may be cut, is tried out: each lane of a warp plays one plan through, and the
+cheapest that fits into the parts is carried out. A plan costs its payload, since parts run side by side, and where it
+cuts, what merging costs (`SchedulerConfig`). With ``share`` the equal share of the total cost, a payload of
+``share + overhead`` always works: a part either adds an overhead by cutting a request or leaves at most that much
+unused.
 """
 
 import tilelang.language as T
@@ -27,8 +33,12 @@ from tilemla.dsl.schedule import (
 # Names of the elements of the walk's state, a local int32 buffer. The first three are the open part's row so far.
 _BEGIN_REQUEST, _BEGIN_BLOCK, _BEGIN_SPLIT, _PART, _REMAINING, _BLOCK, _SPLIT, _NUM_SPLITS, _STATE_SIZE = range(9)
 
+_TILE_ROWS = 64  # of the tile that costs are measured with
+_PAYLOADS = 16  # that are tried, from the equal share on
+_PARTS, _MOST_PIECES, _LEFT, _PLAYED_SIZE = range(4)  # of the state of a plan that is played
+_NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
 _CHUNK = 1024  # lengths staged through shared memory at a time
-_THREADS = 32
+_THREADS = 2 * _PAYLOADS  # one warp: a lane a plan
 
 
 @T.macro
@@ -73,7 +83,7 @@ def _start_walk(num_splits, state):
 
 @T.macro
 def _walk_request(
-    metadata, num_splits, state, request, num_blocks, previous_num_blocks, payload, num_sm_parts, overhead
+    metadata, num_splits, state, request, num_blocks, previous_num_blocks, payload, may_cut, num_sm_parts, overhead
 ):
     """Give the blocks of one request to the open part and, while they do not fit, to the parts after it."""
     if request == 0:
@@ -81,7 +91,7 @@ def _walk_request(
     state[_BLOCK] = 0
     state[_SPLIT] = 0
     while (state[_REMAINING] < num_blocks - state[_BLOCK] + overhead) & (state[_PART] < num_sm_parts - 1):
-        if state[_REMAINING] > overhead:
+        if (state[_REMAINING] > overhead) & (may_cut != 0):
             state[_BLOCK] = state[_BLOCK] + state[_REMAINING] - overhead
             state[_SPLIT] = state[_SPLIT] + 1
             _close_part(metadata, state, request, state[_BLOCK], 1)
@@ -97,9 +107,57 @@ def _walk_request(
     num_splits[request + 1] = state[_NUM_SPLITS]
 
 
-def _payload(total_cost, num_sm_parts, overhead):
-    """What a part may take: an equal share, and the overhead that cutting a request adds."""
-    return T.truncdiv(total_cost + num_sm_parts - 1, num_sm_parts) + overhead
+def _share(total_cost, num_sm_parts):
+    return T.truncdiv(total_cost + num_sm_parts - 1, num_sm_parts)
+
+
+def _scaled(constant, full_tile, rows):
+    """A cost of `constant`, and `full_tile` more when the 64 rows of a query tile are all in use, int32."""
+    return constant + T.truncdiv(full_tile * T.min(rows, _TILE_ROWS), _TILE_ROWS)
+
+
+def _overhead(config, rows):
+    return _scaled(config.overhead, config.overhead_full_tile, rows)
+
+
+def _plan_payload(plan, share):
+    """The payload of plan number `plan`, int32: half of the plans cut requests, half do not."""
+    return share + plan % _PAYLOADS
+
+
+def _plan_may_cut(plan):
+    """Whether plan number `plan` may cut requests, int32."""
+    return T.if_then_else(plan < _PAYLOADS, 1, 0)
+
+
+@T.macro
+def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead, block_n):
+    """Count the parts that a plan takes, and the pieces of the request that it cuts most; too many if it fails."""
+    played[_PARTS] = 1
+    played[_MOST_PIECES] = 1
+    played[_LEFT] = payload  # what the open part may still take
+    for request in T.serial(b):
+        num_blocks = count_blocks(cache_seqlens[request], block_n)
+        if num_blocks + overhead <= played[_LEFT]:
+            played[_LEFT] -= num_blocks + overhead
+        elif may_cut != 0:
+            # what the open part does not take, in pieces as large as a part of their own allows
+            rest = num_blocks - T.max(played[_LEFT] - overhead, 0)
+            pieces = T.max(T.truncdiv(rest + payload - overhead - 1, payload - overhead), 1)
+            played[_PARTS] += pieces
+            played[_MOST_PIECES] = T.max(played[_MOST_PIECES], pieces + T.if_then_else(played[_LEFT] > overhead, 1, 0))
+            played[_LEFT] = payload - overhead - (rest - (pieces - 1) * (payload - overhead))
+        else:
+            played[_PARTS] += T.if_then_else(num_blocks + overhead <= payload, 1, _NEVER)
+            played[_LEFT] = payload - overhead - num_blocks
+
+
+def _plan_cost(played, plan, num_sm_parts, rows, config):
+    """What a plan costs more than an equal share, in eighths of a block, int32."""
+    combine = 8 * _scaled(config.combine, config.combine_full_tile, rows)
+    pieces = played[_MOST_PIECES] * _scaled(config.piece, config.piece_full_tile, rows)
+    cost = 8 * (plan % _PAYLOADS) + T.if_then_else(played[_MOST_PIECES] > 1, combine + pieces, 0)
+    return cost + T.if_then_else(played[_PARTS] <= num_sm_parts, 0, _NEVER)
 
 
 def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG) -> Program:
@@ -114,24 +172,40 @@ def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG
     -------
     Program
         ``get_mla_metadata(cache_seqlens (b,) int32, tile_scheduler_metadata (num_sm_parts, 8) int32,
-        num_splits (b + 1,) int32)``; fills the last two.
+        num_splits (b + 1,) int32, rows int32)``; fills the second and the third. ``rows`` is the number of query rows
+        that share a KV head.
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
-    block_n, overhead = config.block_n, config.overhead_blocks
+    block_n = config.block_n
 
     @T.prim_func
     def get_mla_metadata(
         cache_seqlens: T.Tensor((b,), "int32"),
         tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
         num_splits: T.Tensor((b + 1,), "int32"),
+        rows: T.int32,
     ):
         with T.Kernel(1, threads=1) as _:
             state = T.alloc_local((_STATE_SIZE,), "int32")
             total = T.alloc_local((1,), "int32")
             blocks = T.alloc_local((2,), "int32")
+            played = T.alloc_local((_PLAYED_SIZE,), "int32")
+            best = T.alloc_local((2,), "int32")  # plan and its cost
+            overhead = T.alloc_var("int32", init=_overhead(config, rows))
             total[0] = 0
             for request in T.serial(b):
                 total[0] = total[0] + count_blocks(cache_seqlens[request], block_n) + overhead
+            share = T.alloc_var("int32", init=_share(total[0], num_sm_parts))
+            best[0] = 0
+            best[1] = _NEVER
+            for plan in T.serial(2 * _PAYLOADS):
+                if _plan_payload(plan, share) > overhead:
+                    _play_plan(
+                        cache_seqlens, b, played, _plan_payload(plan, share), _plan_may_cut(plan), overhead, block_n
+                    )
+                    if _plan_cost(played, plan, num_sm_parts, rows, config) < best[1]:
+                        best[0] = plan
+                        best[1] = _plan_cost(played, plan, num_sm_parts, rows, config)
             for part in T.serial(num_sm_parts):
                 _write_row(tile_scheduler_metadata, part, _idle_row(b))
             _start_walk(num_splits, state)
@@ -145,7 +219,8 @@ def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG
                     request,
                     blocks[0],
                     blocks[1],
-                    _payload(total[0], num_sm_parts, overhead),
+                    _plan_payload(best[0], share),
+                    _plan_may_cut(best[0]),
                     num_sm_parts,
                     overhead,
                 )
@@ -170,25 +245,35 @@ def make_metadata_program_sm90(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFI
         As `make_metadata_program_cpu`.
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
-    block_n, overhead = config.block_n, config.overhead_blocks
+    block_n = config.block_n
 
     @T.prim_func
     def get_mla_metadata(
         cache_seqlens: T.Tensor((b,), "int32"),
         tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
         num_splits: T.Tensor((b + 1,), "int32"),
+        rows: T.int32,
     ):
         with T.Kernel(1, threads=_THREADS) as _:
             blocks_shared = T.alloc_shared((_CHUNK,), "int32")
             state = T.alloc_local((_STATE_SIZE,), "int32")
             blocks = T.alloc_local((2,), "int32")
             total = T.alloc_var("int32", init=0)
+            overhead = T.alloc_var("int32", init=_overhead(config, rows))
             tx = T.get_thread_binding()
             for step in T.serial(T.ceildiv(b, _THREADS)):
                 request = step * _THREADS + tx
                 if request < b:
                     total += count_blocks(cache_seqlens[request], block_n) + overhead
-            payload = T.alloc_var("int32", init=_payload(T.warp_reduce_sum(total), num_sm_parts, overhead))
+            share = T.alloc_var("int32", init=_share(T.warp_reduce_sum(total), num_sm_parts))
+            played = T.alloc_local((_PLAYED_SIZE,), "int32")
+            cost = T.alloc_var("int32", init=_NEVER)
+            if _plan_payload(tx, share) > overhead:
+                _play_plan(cache_seqlens, b, played, _plan_payload(tx, share), _plan_may_cut(tx), overhead, block_n)
+                cost = T.min(_plan_cost(played, tx, num_sm_parts, rows, config), _NEVER)
+            plan = T.alloc_var("int32", init=T.warp_reduce_min(cost * _THREADS + tx) % _THREADS)
+            payload = T.alloc_var("int32", init=_plan_payload(plan, share))
+            may_cut = T.alloc_var("int32", init=_plan_may_cut(plan))
             for step in T.serial(T.ceildiv(num_sm_parts, _THREADS)):
                 part = step * _THREADS + tx
                 if part < num_sm_parts:
@@ -215,6 +300,7 @@ def make_metadata_program_sm90(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFI
                             blocks[0],
                             blocks[1],
                             payload,
+                            may_cut,
                             num_sm_parts,
                             overhead,
                         )

@@ -26,18 +26,28 @@ NUM_COLUMNS = 8
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """What the schedule is made with.
+    """What the schedule is made with; costs are in blocks of a part's time.
 
     Parameters
     ----------
     block_n : int
         Tokens in a scheduling block, whatever the page size: callers of the tuple form copy schedules between kernels.
-    overhead_blocks : int
-        What visiting a request costs beside its blocks (query load, pipeline fill, epilogue), in blocks.
+    overhead, overhead_full_tile : int
+        What visiting a request costs beside its blocks (query load, pipeline fill, epilogue): a constant, and what a
+        full tile of 64 query rows adds.
+    combine, combine_full_tile : int
+        What it costs to cut any request at all (partial results written, read and merged), in the same way.
+    piece, piece_full_tile : int
+        What each piece of the most cut request costs more, in the same way, but in eighths of a block.
     """
 
     block_n: int = 64
-    overhead_blocks: int = 5
+    overhead: int = 1
+    overhead_full_tile: int = 4
+    combine: int = 2
+    combine_full_tile: int = 6
+    piece: int = 1
+    piece_full_tile: int = 1
 
 
 DEFAULT_SCHEDULER_CONFIG = SchedulerConfig()

@@ -192,8 +192,9 @@ def _check_and_decode(
         masked = causal and seq_len_q > 1
         config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, masked, device)
         if not sched_meta.have_initialized:
-            num_sm_parts = num_sm_parts_for(kernels.num_sms, seq_len_q * (num_heads_q // num_heads_k), num_heads_k)
-            schedule = make_schedule(cache_seqlens, num_sm_parts)
+            rows = seq_len_q * (num_heads_q // num_heads_k)
+            num_sm_parts = num_sm_parts_for(kernels.num_sms, rows, num_heads_k)
+            schedule = make_schedule(cache_seqlens, num_sm_parts, rows)
             sched_meta.tile_scheduler_metadata, sched_meta.num_splits = schedule
             sched_meta.config, sched_meta.have_initialized = config, True
             kind = None  # it speaks of a schedule that was not there

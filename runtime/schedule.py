@@ -59,7 +59,9 @@ def num_sm_parts_for(num_sms: int, tokens_per_head_k: int, num_heads_k: int) -> 
     return max(num_sms // num_heads_k // -(-tokens_per_head_k // _SCHEDULING_BLOCK_M), 1)
 
 
-def make_schedule(cache_seqlens: torch.Tensor, num_sm_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_schedule(
+    cache_seqlens: torch.Tensor, num_sm_parts: int, tokens_per_head_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a schedule where ``cache_seqlens`` is, without a host round trip.
 
     Parameters
@@ -68,6 +70,8 @@ def make_schedule(cache_seqlens: torch.Tensor, num_sm_parts: int) -> tuple[torch
         Tokens of each request; checked already.
     num_sm_parts : int
         Parts to spread the requests over.
+    tokens_per_head_k : int
+        Rows of queries that share a KV head: what cutting a request costs depends on them.
 
     Returns
     -------
@@ -84,7 +88,7 @@ def make_schedule(cache_seqlens: torch.Tensor, num_sm_parts: int) -> tuple[torch
         return idle, torch.zeros(1, dtype=torch.int32, device=device)
     tile_scheduler_metadata = torch.empty((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
     num_splits = torch.empty(batch_size + 1, dtype=torch.int32, device=device)
-    metadata_kernel_for(device)(cache_seqlens, tile_scheduler_metadata, num_splits)
+    metadata_kernel_for(device)(cache_seqlens, tile_scheduler_metadata, num_splits, tokens_per_head_k)
     return tile_scheduler_metadata, num_splits
 
 
@@ -143,4 +147,5 @@ def get_mla_metadata(
     heads_k = check_int("num_heads_k", num_heads_k, 1)
     if num_heads_q is not None:
         check_int("num_heads_q", num_heads_q, 1)
-    return make_schedule(lengths, num_sm_parts_for(num_sms_of(lengths.device), tokens_per_head_k, heads_k))
+    num_sm_parts = num_sm_parts_for(num_sms_of(lengths.device), tokens_per_head_k, heads_k)
+    return make_schedule(lengths, num_sm_parts, tokens_per_head_k)

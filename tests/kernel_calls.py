@@ -8,9 +8,8 @@ import math
 import torch
 
 from cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, Inputs
+from schedules import spread_schedule
 from tilemla.launch import kernels_for
-
-NUM_SM_PARTS_COLUMNS = 8
 
 
 @dataclasses.dataclass
@@ -38,16 +37,15 @@ def unfold_heads(out, seq_len_q):
 
 
 def decode(inputs: Inputs, *, causal=False, softmax_scale=None, num_sm_parts=8) -> Result:
-    """Schedule and decode. What the kernels leave unwritten stays NaN."""
+    """Decode with as many splits as there can be. What the kernels leave unwritten stays NaN."""
     q, k_cache = inputs.q, inputs.k_cache
     batch_size, seq_len_q, num_heads_q, _ = q.shape
     num_heads_k = k_cache.shape[2]
     rows = seq_len_q * num_heads_q // num_heads_k
     kernels = kernels_for(q.device, q.dtype, HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE)
     int32 = dict(dtype=torch.int32, device=q.device)
-    metadata = torch.full((num_sm_parts, NUM_SM_PARTS_COLUMNS), -12345, **int32)
-    num_splits = torch.full((batch_size + 1,), -12345, **int32)
-    kernels.get_mla_metadata(inputs.cache_seqlens, metadata, num_splits)
+    schedule = spread_schedule(inputs.cache_seqlens.tolist(), num_sm_parts)
+    metadata, num_splits = (torch.from_numpy(array).to(**int32) for array in schedule)
 
     def poisoned(*shape, dtype=torch.float32):
         return torch.full(shape, float("nan"), dtype=dtype, device=q.device)

@@ -121,7 +121,7 @@ def test_an_entry_is_for_its_owner_to_write(row_sum):
     assert [path.name for path in folder.parent.iterdir()] == ["row_sum"], "work in progress was left"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 99}', "not json"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 3}', '{"format": 99}', "not json"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
     path = tmp_path / "m.json"
     path.write_text(text)

@@ -18,7 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import tilemla
+from cases import HEAD_DIM_V
 from reference import check_result, reference_of
+from schedules import spread_schedule
 from tilemla.bench.cases import GridCase, cpu_cases, grid_cases, imbalanced_cases
 from tilemla.bench.inputs import make_inputs
 from tilemla.bench.peers import OURS
@@ -48,14 +51,31 @@ def correctness_cases() -> Iterator[GridCase]:
 
 
 def check(case: GridCase, device: torch.device) -> None:
-    """Against float64, twice for the same bits, with inputs that hold NaN wherever nothing may be read."""
+    """Against float64, with inputs that hold NaN wherever nothing may be read.
+
+    Twice for the same bits, and once more with the schedule that splits most.
+    """
     inputs = make_inputs(case, device, poison=True)
     call = OURS.prepare(case, inputs)
     out, lse = call()
     again, lse_again = call()
-    check_result(out, lse, reference_of(inputs, causal=case.causal))
+    expected = reference_of(inputs, causal=case.causal)
+    check_result(out, lse, expected)
     if not (torch.equal(out, again) and torch.equal(lse, lse_again)):
         raise AssertionError("the same inputs gave other bits")
+    tokens_per_head_k = case.seq_len_q * case.num_heads_q // case.num_heads_k
+    num_sm_parts = tilemla.get_mla_metadata(inputs.cache_seqlens, tokens_per_head_k, case.num_heads_k)[0].shape[0]
+    schedule = spread_schedule(case.make_lengths(), num_sm_parts)
+    out, lse = tilemla.flash_mla_with_kvcache(
+        inputs.q,
+        inputs.k_cache,
+        inputs.block_table,
+        inputs.cache_seqlens,
+        HEAD_DIM_V,
+        *(torch.from_numpy(array).to(device) for array in schedule),
+        causal=case.causal,
+    )
+    check_result(out, lse, expected)
 
 
 def run_checks(cases: list[GridCase], device: torch.device) -> int:

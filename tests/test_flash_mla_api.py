@@ -14,10 +14,17 @@ import strategies
 import tilemla as flash_mla
 from cases import Case, Inputs, make_inputs
 from reference import check_result, reference_of
-from tilemla.schedule import make_schedule, num_sm_parts_for
+from schedules import spread_schedule
+from tilemla.schedule import num_sm_parts_for
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIXED = Case(lengths=(300, 0, 64, 1, 1500), seq_len_q=2, num_heads_q=12, num_heads_k=2, causal=True)
+
+
+def spread(num_sm_parts, device):
+    """The schedule of MIXED that splits most."""
+    return tuple(torch.from_numpy(array).to(device) for array in spread_schedule(MIXED.lengths, num_sm_parts))
+
 
 _empty = torch.empty
 
@@ -164,7 +171,7 @@ def test_batch_is_its_requests_one_by_one(device):
 def test_splitting_changes_only_rounding(device, num_sm_parts):
     """A schedule of any number of parts gives the result; one part splits nothing."""
     inputs = make_inputs(MIXED).to(device)
-    check(MIXED, inputs, make_schedule(inputs.cache_seqlens, num_sm_parts))
+    check(MIXED, inputs, spread(num_sm_parts, device))
 
 
 # The two forms of the schedule
@@ -190,7 +197,7 @@ def test_both_forms_give_the_same_bits(device):
 def test_schedule_in_larger_buffers(device):
     """As SGLang does it for CUDA graphs: a padded tail of num_splits and idle parts change no bit."""
     inputs = make_inputs(MIXED).to(device)
-    metadata, num_splits = make_schedule(inputs.cache_seqlens, 3)
+    metadata, num_splits = spread(3, device)
     idle = torch.tensor([[MIXED.batch_size, MIXED.batch_size - 1, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
     padded = torch.cat([num_splits, torch.full((7,), -12345, dtype=torch.int32, device=device)])
     expected = decode(MIXED, inputs, (metadata, num_splits))

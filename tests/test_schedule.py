@@ -1,5 +1,7 @@
 """The schedule covers each request's blocks exactly once, for any batch and any number of parts."""
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -8,27 +10,44 @@ from hypothesis import strategies as st
 
 import tilemla
 from reference import check_schedule
+from schedules import BLOCK_N, spread_schedule, walk
 from tilemla.launch import metadata_kernel_for
 
-BLOCK_N = 64
-OVERHEAD_BLOCKS = 5
+PAYLOADS = 16
 
 
-def make_schedule(lengths, num_sm_parts, device):
+def costs_of(rows):
+    """Overhead of a request and of cutting at all, in blocks, and of a piece in eighths of a block."""
+    full = min(rows, 64)
+    return 1 + 4 * full // 64, 2 + 6 * full // 64, 1 + full // 64
+
+
+def make_schedule(lengths, num_sm_parts, device, rows=64):
     """Run the generated scheduler on poisoned outputs."""
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
     num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
-    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits)
+    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits, rows)
     return metadata.cpu().numpy(), num_splits.cpu().numpy()
 
 
-def part_costs(pieces, num_sm_parts):
-    costs = np.zeros(num_sm_parts, dtype=np.int64)
-    for of_request in pieces:
-        for part, first, end in of_request:
-            costs[part] += end - first + OVERHEAD_BLOCKS
-    return costs
+def best_plan(lengths, num_sm_parts, rows):
+    """The cheapest plan there is, by trying every payload: of equal ones one that may cut, then the least payload."""
+    overhead, combine, piece = costs_of(rows)
+    blocks = [-(-length // BLOCK_N) for length in lengths]
+    share = -(-(sum(blocks) + overhead * len(blocks)) // num_sm_parts)
+    best = None
+    for may_cut in (True, False):
+        for payload in range(max(share, overhead + 1), share + PAYLOADS):
+            parts = walk(blocks, num_sm_parts, payload, may_cut, overhead)
+            if parts is None:
+                continue
+            pieces = collections.Counter(request for part in parts for request, _, _ in part)
+            most = max(pieces.values())
+            cost = 8 * (payload - share) + (8 * combine + most * piece if most > 1 else 0)
+            if best is None or cost < best[0]:
+                best = cost, parts
+    return best[1]
 
 
 lengths_strategy = st.lists(
@@ -36,24 +55,51 @@ lengths_strategy = st.lists(
 )
 
 
-@given(lengths=lengths_strategy, num_sm_parts=st.one_of(st.integers(1, 12), st.integers(1, 160)))
-@example(lengths=[0], num_sm_parts=1)
-@example(lengths=[0] * 7, num_sm_parts=3)
-@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132)
-@example(lengths=[1], num_sm_parts=132)
-@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2)
-@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132)
+@given(
+    lengths=lengths_strategy,
+    num_sm_parts=st.one_of(st.integers(1, 12), st.integers(1, 160)),
+    rows=st.sampled_from((1, 16, 32, 63, 64, 128, 1000)),
+)
+@example(lengths=[0], num_sm_parts=1, rows=64)
+@example(lengths=[0] * 7, num_sm_parts=3, rows=64)
+@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132, rows=64)
+@example(lengths=[1], num_sm_parts=132, rows=64)
+@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, rows=64)
+@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132, rows=64)
 @settings(max_examples=300)
-def test_every_block_is_covered_once(device, lengths, num_sm_parts):
-    metadata, num_splits = make_schedule(lengths, num_sm_parts, device)
-    pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N)
-    num_blocks = sum(-(-length // BLOCK_N) for length in lengths)
-    share = -(-(num_blocks + OVERHEAD_BLOCKS * len(lengths)) // num_sm_parts)
-    costs = part_costs(pieces, num_sm_parts)
-    # Balanced: an equal share, and what cutting one request adds.
-    assert costs.max(initial=0) <= share + OVERHEAD_BLOCKS
+def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, rows):
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, rows)
+    pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N)  # every block is covered once
+    found = [[] for _ in range(num_sm_parts)]
+    for request, of_request in enumerate(pieces):
+        for part, first, end in of_request:
+            found[part].append((request, first, end))
+    if lengths:
+        plan = best_plan(lengths, num_sm_parts, rows)
+        assert found[: len(plan)] == plan and not any(found[len(plan) :])
     # The partial buffers, of batch_size + num_sm_parts slots, are large enough.
     assert num_splits[-1] < len(lengths) + num_sm_parts or num_splits[-1] == len(lengths)
+
+
+@pytest.mark.parametrize(
+    "lengths, rows, is_cut",
+    [
+        ([8192] * 128, 16, False),  # sharing the 3% of 132 parts that idle would cost more than it gains
+        ([8192] * 128, 64, False),
+        ([8192] * 64, 64, True),
+        ([1024] * 32, 128, False),
+        ([1024], 16, True),
+        ([200] * 8, 16, False),
+    ],
+)
+def test_requests_are_cut_where_that_pays(device, lengths, rows, is_cut):
+    _, num_splits = make_schedule(lengths, 132 // -(-rows // 64), device, rows)
+    assert (num_splits[-1] > len(lengths)) == is_cut
+
+
+@given(lengths=lengths_strategy, num_sm_parts=st.integers(1, 160))
+def test_spread_schedules_of_the_tests_are_schedules(lengths, num_sm_parts):
+    check_schedule(*spread_schedule(lengths, num_sm_parts), lengths, BLOCK_N)
 
 
 @pytest.mark.parametrize("batch_size", [1023, 1024, 1025, 5000])
@@ -82,7 +128,7 @@ def test_long_request_is_shared_by_all_parts(device):
     metadata, num_splits = make_schedule([64 * 1000], 8, device)
     pieces = check_schedule(metadata, num_splits, [64 * 1000], BLOCK_N)
     assert len(pieces[0]) == 8
-    assert max(end - first for _, first, end in pieces[0]) == 126
+    assert max(end - first for _, first, end in pieces[0]) == 125
 
 
 def test_shape_depends_on_integers_alone(device):

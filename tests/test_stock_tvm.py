@@ -28,7 +28,7 @@ IN_STOCK_TVM = """
     module = tvm.runtime.load_module(library)
     tensors = {name: tvm.runtime.tensor(value) for name, value in np.load(arguments).items()}
     schedule = [tensors[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")]
-    module["get_mla_metadata"](*schedule)
+    module["get_mla_metadata"](*schedule, 3)
     names = ("q", "kcache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits", "out",
              "softmax_lse", "out_accum", "lse_accum_log2")
     module["mla_decode"](*(tensors[name] for name in names), 576**-0.5 * 1.4426950408889634, 1, 3, 0)
@@ -75,7 +75,9 @@ def test_stock_tvm_gets_the_same_numbers(tmp_path):
     assert done.returncode == 0, done.stderr
 
     module = open_module(entry)
-    module.get_mla_metadata(*(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")))
+    module.get_mla_metadata(
+        *(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")), 3
+    )
     module.mla_decode(*arguments.values(), SCALE_LOG2, 1, 3, 0)
     results = np.load(tmp_path / "results.npz")
     for name in ("out", "softmax_lse", "num_splits"):

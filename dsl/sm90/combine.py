@@ -1,4 +1,9 @@
-"""Merging partial results on sm_90a: one warp a row, launched under the tail of the decode kernel."""
+"""Merging partial results on sm_90a, launched under the tail of the decode kernel.
+
+With a small batch there are few rows and many splits: a row then gets a CTA, each warp takes a quarter of its columns,
+and loads from many splits are under way at once. With a large batch there are many rows of few splits, most of which
+need nothing: there each warp merges a row, so that launching CTAs does not become the cost.
+"""
 
 from typing import Any
 
@@ -10,7 +15,9 @@ from tilemla.dsl.combine import advance_max, count_splits, needs_combine, split_
 _WARPS = 4
 _LANES = 32
 _VECTOR = 4  # fp32 elements of a 16-byte load
-_AHEAD = 4  # splits whose partial outputs are under way at once: a serial loop would wait for L2 at each
+# 16-byte loads of a lane that are under way at once: a serial loop would wait for L2 at each.
+_LOADS_AHEAD = 16
+_FULL_GRID = 4096  # rows from which on a row gets a warp, not a CTA
 
 
 def make_combine(head_dim_v: int, accum: str) -> Any:
@@ -29,59 +36,98 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
         ``combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes)``; ``sizes`` holds ``batch_size``,
         ``num_heads_k`` and ``rows`` as expressions. A request that was not split is left alone.
     """
-    per_lane = head_dim_v // _LANES
+
+    def make_merge_row(vectors: int) -> Any:
+        """Merge a row; a warp takes as many of its columns as `vectors` 16-byte loads of each lane cover."""
+        ahead = _LOADS_AHEAD // vectors  # splits
+
+        @T.macro
+        def merge_row(out_accum, lse_accum_log2, out, softmax_lse, request, head, row, column, first, count):
+            lane = T.get_thread_binding() % _LANES
+            partial = T.alloc_local((ahead, vectors * _VECTOR), accum)
+            merged = T.alloc_local((vectors * _VECTOR,), accum)
+            most = T.alloc_var(accum, init=start_max())
+            weight = T.alloc_var(accum, init=0)  # of the split of this lane
+            weight_sum = T.alloc_var(accum, init=0)
+            for i in T.unroll(vectors * _VECTOR):
+                merged[i] = 0
+            for k in T.serial(T.ceildiv(count, _LANES)):
+                if k * _LANES + lane < count:
+                    most = advance_max(most, lse_accum_log2[first + k * _LANES + lane, head, row])
+            most = T.warp_reduce_max(most)
+            for k in T.serial(T.ceildiv(count, _LANES)):
+                weight = 0
+                if k * _LANES + lane < count:
+                    weight = split_weight(lse_accum_log2[first + k * _LANES + lane, head, row], most)
+                weight_sum += weight
+                for m in T.serial(T.ceildiv(T.min(count - k * _LANES, _LANES), ahead)):
+                    for u in T.unroll(ahead):
+                        if k * _LANES + m * ahead + u < count:
+                            for i in T.unroll(vectors):
+                                for v in T.vectorized(_VECTOR):
+                                    partial[u, i * _VECTOR + v] = out_accum[
+                                        first + k * _LANES + m * ahead + u,
+                                        head,
+                                        row,
+                                        column + (i * _LANES + lane) * _VECTOR + v,
+                                    ]
+                    for u in T.unroll(ahead):
+                        share = T.alloc_var(accum, init=T.shfl_sync(weight, m * ahead + u))
+                        if k * _LANES + m * ahead + u < count:
+                            for i in T.unroll(vectors * _VECTOR):
+                                merged[i] += partial[u, i] * share
+            weight_sum = T.warp_reduce_sum(weight_sum)
+            for i in T.unroll(vectors):
+                for v in T.vectorized(_VECTOR):
+                    out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = merged[
+                        i * _VECTOR + v
+                    ] * inverse_sum(weight_sum)
+            if (lane == 0) & (column == 0):
+                softmax_lse[request, head, row] = final_lse(weight_sum, most)
+
+        return merge_row
+
+    per_lane = head_dim_v // (_LANES * _VECTOR)
+    merge_row_by_warp = make_merge_row(per_lane)
+    merge_row_by_cta = make_merge_row(per_lane // _WARPS)
 
     @T.macro
     def combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes):
-        with T.Kernel(sizes.batch_size, sizes.num_heads_k, T.ceildiv(sizes.rows, _WARPS), threads=_WARPS * _LANES) as (
-            request,
-            head,
-            row_block,
-        ):
+        rows_per_cta = T.if_then_else(sizes.batch_size * sizes.num_heads_k * sizes.rows < _FULL_GRID, 1, _WARPS)
+        with T.Kernel(
+            sizes.batch_size, sizes.num_heads_k, T.ceildiv(sizes.rows, rows_per_cta), threads=_WARPS * _LANES
+        ) as (request, head, row_block):
             # Not split, nothing to wait for: num_splits is older than the decode kernel.
             if needs_combine(num_splits, request):
                 T.pdl_sync()
-                lane = T.get_thread_binding() % _LANES
-                row = row_block * _WARPS + T.get_thread_binding() // _LANES
+                warp = T.get_thread_binding() // _LANES
                 first = num_splits[request]
                 count = count_splits(num_splits, request)
-                partial = T.alloc_local((_AHEAD, per_lane), accum)
-                merged = T.alloc_local((per_lane,), accum)
-                if row < sizes.rows:
-                    most = T.alloc_var(accum, init=start_max())
-                    weight = T.alloc_var(accum, init=0)  # of the split of this lane
-                    weight_sum = T.alloc_var(accum, init=0)
-                    for i in T.unroll(per_lane):
-                        merged[i] = 0
-                    for k in T.serial(T.ceildiv(count, _LANES)):
-                        if k * _LANES + lane < count:
-                            most = advance_max(most, lse_accum_log2[first + k * _LANES + lane, head, row])
-                    most = T.warp_reduce_max(most)
-                    for k in T.serial(T.ceildiv(count, _LANES)):
-                        weight = 0
-                        if k * _LANES + lane < count:
-                            weight = split_weight(lse_accum_log2[first + k * _LANES + lane, head, row], most)
-                        weight_sum += weight
-                        for m in T.serial(T.ceildiv(T.min(count - k * _LANES, _LANES), _AHEAD)):
-                            for u in T.unroll(_AHEAD):
-                                # past the last split: the last one again, with the weight 0 of an idle lane
-                                slot = first + T.min(k * _LANES + m * _AHEAD + u, count - 1)
-                                for i in T.unroll(per_lane // _VECTOR):
-                                    for v in T.vectorized(_VECTOR):
-                                        partial[u, i * _VECTOR + v] = out_accum[
-                                            slot, head, row, (i * _LANES + lane) * _VECTOR + v
-                                        ]
-                            for u in T.unroll(_AHEAD):
-                                share = T.alloc_var(accum, init=T.shfl_sync(weight, m * _AHEAD + u))
-                                for i in T.unroll(per_lane):
-                                    merged[i] += partial[u, i] * share
-                    weight_sum = T.warp_reduce_sum(weight_sum)
-                    for i in T.unroll(per_lane // _VECTOR):
-                        for v in T.vectorized(_VECTOR):
-                            out[request, head, row, (i * _LANES + lane) * _VECTOR + v] = merged[
-                                i * _VECTOR + v
-                            ] * inverse_sum(weight_sum)
-                    if lane == 0:
-                        softmax_lse[request, head, row] = final_lse(weight_sum, most)
+                if rows_per_cta == 1:
+                    merge_row_by_cta(
+                        out_accum,
+                        lse_accum_log2,
+                        out,
+                        softmax_lse,
+                        request,
+                        head,
+                        row_block,
+                        warp * (head_dim_v // _WARPS),
+                        first,
+                        count,
+                    )
+                elif row_block * _WARPS + warp < sizes.rows:
+                    merge_row_by_warp(
+                        out_accum,
+                        lse_accum_log2,
+                        out,
+                        softmax_lse,
+                        request,
+                        head,
+                        row_block * _WARPS + warp,
+                        0,
+                        first,
+                        count,
+                    )
 
     return combine
