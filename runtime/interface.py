@@ -106,6 +106,10 @@ def flash_mla_with_kvcache(
         )
     # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it
     # refuses is checked again below, where the argument is named in the words of this interface.
+    metadata: Any
+    splits: Any
+    table: Any = block_table
+    lengths: Any = cache_seqlens
     try:
         if tile_scheduler_metadata.__class__ is FlashMLASchedMeta and num_splits is None:
             metadata, splits = tile_scheduler_metadata.tile_scheduler_metadata, tile_scheduler_metadata.num_splits
@@ -115,8 +119,9 @@ def flash_mla_with_kvcache(
         kind = (
             q.shape,
             k_cache.shape,
-            block_table.size(0),  # not its width: callers cut it to the longest request
-            cache_seqlens.shape,
+            table.size(0),
+            table.size(1) > 0,  # not the width itself: callers cut it to the longest request
+            lengths.shape,
             metadata.shape,
             splits.shape,
             q.dtype,
@@ -133,7 +138,7 @@ def flash_mla_with_kvcache(
         kind, plan = None, None
     if plan is not None and causal.__class__ is bool:
         try:
-            return plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)
+            return plan.run(q, k_cache, table, lengths, metadata, splits)
         except (TypeError, ValueError, RuntimeError):
             pass  # what is wrong is found, and said, below
     return _check_and_decode(

@@ -96,6 +96,15 @@ def test_narrower_block_table_and_strided_queries(only_plans):
     assert torch.equal(decode(inputs, block_table=inputs.block_table[:, :width], q=wide[..., :576])[0], out)
 
 
+def test_table_without_columns():
+    inputs = on_gpu(SPLIT)
+    decode(inputs)
+    out, lse = decode(
+        inputs, block_table=inputs.block_table[:, :0], cache_seqlens=torch.zeros_like(inputs.cache_seqlens)
+    )
+    assert not out.any() and torch.isposinf(lse).all()
+
+
 def test_queries_that_tma_cannot_read_are_copied_all_the_same():
     inputs = on_gpu(SPLIT)
     out, _ = decode(inputs)

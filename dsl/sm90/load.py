@@ -12,6 +12,10 @@ from tilemla.dsl.sm90.tile import NUM_THIRDS, ROWS, arrive_warp
 # ahead, so that the latency of the block table is hidden.
 REQUEST, BLOCK, END, PAGE, CURSOR_SIZE = range(5)
 
+# Pages of a piece of up to this many blocks are loaded as the first to be evicted from L2: 6 to 9% faster on an H100
+# where a call is over before the cache is full, as other data can stay. Where it streams for long that costs 3%.
+SHORT_PIECE = 16
+
 
 def make_loader(block_n: int, head_dim_qk: int) -> tuple[Any, Any]:
     """Make the macros ``seek(cursor, t)`` and ``load(stage, parity, cursor, t)``.
@@ -38,15 +42,25 @@ def make_loader(block_n: int, head_dim_qk: int) -> tuple[Any, Any]:
                 cursor[REQUEST] += 1
 
     @T.macro
-    def copy_thirds(stage, source_of, t):
+    def copy_thirds(stage, source_of, eviction_policy, t):
         for i in T.unroll(NUM_THIRDS):
             T.tma_copy(
                 source_of(i * third),
                 t.kv[stage, :, i * third : i * third + third],
                 barrier=t.full[stage * NUM_THIRDS + i],
                 leader_scope_threads=32,
+                eviction_policy=eviction_policy,
             )
             arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
+
+    @T.macro
+    def copy_page(stage, eviction_policy, cursor, t):
+        copy_thirds(
+            stage,
+            lambda first: t.kcache[cursor[PAGE], 0:block_n, t.head, first : first + third],
+            eviction_policy,
+            t,
+        )
 
     @T.macro
     def load(stage, parity, cursor, t):
@@ -54,12 +68,18 @@ def make_loader(block_n: int, head_dim_qk: int) -> tuple[Any, Any]:
             T.barrier_wait(t.empty[stage], parity)
             if cursor[BLOCK] < 0:
                 copy_thirds(
-                    stage, lambda first: t.q[cursor[REQUEST], t.head, t.row0 : t.row0 + ROWS, first : first + third], t
+                    stage,
+                    lambda first: t.q[cursor[REQUEST], t.head, t.row0 : t.row0 + ROWS, first : first + third],
+                    None,
+                    t,
                 )
                 cursor[BLOCK] = first_block(t.part, cursor[REQUEST])
                 cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
             else:
-                copy_thirds(stage, lambda first: t.kcache[cursor[PAGE], 0:block_n, t.head, first : first + third], t)
+                if cursor[END] - first_block(t.part, cursor[REQUEST]) <= SHORT_PIECE:
+                    copy_page(stage, "evict_first", cursor, t)
+                else:
+                    copy_page(stage, None, cursor, t)
                 cursor[BLOCK] += 1
                 if cursor[BLOCK] < cursor[END]:
                     cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
