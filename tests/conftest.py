@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 import torch
 
+from tilemla import env
+from tilemla.store import cache_store, make_private
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Modules that tests generate are kept beside the checkout's other caches, so that the next run finds them.
@@ -50,3 +53,29 @@ def seed(request):
 @pytest.fixture(autouse=True)
 def seeded(seed):
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, and nothing else that modules could come from."""
+    for name in env.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TILEMLA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tilemla.wheel.installed_module_stores", list)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def store(cache):
+    """The cache's store that CPU modules are looked for in here."""
+    path = cache_store("cpu")
+    make_private(path)
+    return path
+
+
+@pytest.fixture
+def old_store(cache):
+    """A store of another version."""
+    path = cache / "0.0.9-cpu-tilelang0.1.14-apache-tvm-ffi0.1.12-g++12.2.0-0123456789abcdef"
+    make_private(path)
+    return path

@@ -5,50 +5,20 @@ import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
+from commands import tilemla
 from fakes import make_entry
-from tilemla import env
-from tilemla.cli import main
 from tilemla.cli.output import format_size, tree_size
 from tilemla.manifest import Requirements
 from tilemla.spec import KernelSpec
-from tilemla.store import cache_store, make_private
+from tilemla.store import cache_store
 
 BF16 = KernelSpec(arch="cpu", dtype="bfloat16")
 FP16 = KernelSpec(arch="cpu", dtype="float16")
 SM90 = KernelSpec(arch="sm_90a", dtype="bfloat16")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    for name in env.NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TILEMLA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tilemla.wheel.installed_module_stores", list)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def store(cache):
-    """The cache's store that CPU modules are looked for in here."""
-    path = cache_store("cpu")
-    make_private(path)
-    return path
-
-
-@pytest.fixture
-def old_store(cache):
-    """A store of another version."""
-    path = cache / "0.0.9-cpu-tilelang0.1.14-apache-tvm-ffi0.1.12-g++12.2.0-0123456789abcdef"
-    make_private(path)
-    return path
-
-
-def tilemla(*words, answer=None):
-    done = CliRunner().invoke(main, list(words), input=answer)
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def listed(*options):

@@ -5,6 +5,7 @@ and loads from many splits are under way at once. With a large batch there are m
 need nothing: there each warp merges a row, so that launching CTAs does not become the cost.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import tilelang.language as T
@@ -42,7 +43,7 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
         ahead = _LOADS_AHEAD // vectors  # splits
 
         @T.macro
-        def merge_row(out_accum, lse_accum_log2, out, softmax_lse, request, head, row, column, first, count):
+        def merge_row(t, request, head, row, column, first, count):
             lane = T.get_thread_binding() % _LANES
             partial = T.alloc_local((ahead, vectors * _VECTOR), accum)
             merged = T.alloc_local((vectors * _VECTOR,), accum)
@@ -53,19 +54,19 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
                 merged[i] = 0
             for k in T.serial(T.ceildiv(count, _LANES)):
                 if k * _LANES + lane < count:
-                    most = advance_max(most, lse_accum_log2[first + k * _LANES + lane, head, row])
+                    most = advance_max(most, t.lse_accum_log2[first + k * _LANES + lane, head, row])
             most = T.warp_reduce_max(most)
             for k in T.serial(T.ceildiv(count, _LANES)):
                 weight = 0
                 if k * _LANES + lane < count:
-                    weight = split_weight(lse_accum_log2[first + k * _LANES + lane, head, row], most)
+                    weight = split_weight(t.lse_accum_log2[first + k * _LANES + lane, head, row], most)
                 weight_sum += weight
                 for m in T.serial(T.ceildiv(T.min(count - k * _LANES, _LANES), ahead)):
                     for u in T.unroll(ahead):
                         if k * _LANES + m * ahead + u < count:
                             for i in T.unroll(vectors):
                                 for v in T.vectorized(_VECTOR):
-                                    partial[u, i * _VECTOR + v] = out_accum[
+                                    partial[u, i * _VECTOR + v] = t.out_accum[
                                         first + k * _LANES + m * ahead + u,
                                         head,
                                         row,
@@ -79,11 +80,11 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
             weight_sum = T.warp_reduce_sum(weight_sum)
             for i in T.unroll(vectors):
                 for v in T.vectorized(_VECTOR):
-                    out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = merged[
+                    t.out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = merged[
                         i * _VECTOR + v
                     ] * inverse_sum(weight_sum)
             if (lane == 0) & (column == 0):
-                softmax_lse[request, head, row] = final_lse(weight_sum, most)
+                t.softmax_lse[request, head, row] = final_lse(weight_sum, most)
 
         return merge_row
 
@@ -103,31 +104,12 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
                 warp = T.get_thread_binding() // _LANES
                 first = num_splits[request]
                 count = count_splits(num_splits, request)
+                t = SimpleNamespace(
+                    out_accum=out_accum, lse_accum_log2=lse_accum_log2, out=out, softmax_lse=softmax_lse
+                )
                 if rows_per_cta == 1:
-                    merge_row_by_cta(
-                        out_accum,
-                        lse_accum_log2,
-                        out,
-                        softmax_lse,
-                        request,
-                        head,
-                        row_block,
-                        warp * (head_dim_v // _WARPS),
-                        first,
-                        count,
-                    )
+                    merge_row_by_cta(t, request, head, row_block, warp * (head_dim_v // _WARPS), first, count)
                 elif row_block * _WARPS + warp < sizes.rows:
-                    merge_row_by_warp(
-                        out_accum,
-                        lse_accum_log2,
-                        out,
-                        softmax_lse,
-                        request,
-                        head,
-                        row_block * _WARPS + warp,
-                        0,
-                        first,
-                        count,
-                    )
+                    merge_row_by_warp(t, request, head, row_block * _WARPS + warp, 0, first, count)
 
     return combine
