@@ -3,6 +3,9 @@
 #   make demo    generate modules and decode a paged batch through them
 #   make test    lint, types, and every test that this machine can run
 #   make build   build modules ahead of time into modules/ (ARCH="cpu sm_90a", DTYPE="bfloat16 float16")
+#   make bench-check
+#                on an H100: fail where a case falls more than 5% behind its ratio to a peer in tuning_logs/
+#                (BENCH_ARGS="--peer sgl_kernel.flash_mla")
 #   make lint, make types, make check, make wheel, make format, make clean
 
 PYTHON ?= python3
@@ -17,6 +20,8 @@ DTYPE ?= bfloat16 float16
 # Processes of the test suite; its tests are mostly single-threaded.
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_RECORD := tuning_logs/mla_decode_sm_90a_bf16_dense_d576_v512_p64_m64.h100.jsonl
 
 # Modules that are generated on demand, and compilers' own caches, stay in the checkout too.
 export TILEMLA_CACHE_DIR ?= $(CURDIR)/$(CACHE)/tilemla
@@ -24,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard runtime/*.py runtime/*/*.py dsl/*.py dsl/*/*.py codegen/*.py tuning_logs/*.py)
 
-.PHONY: demo test check lint types build wheel format clean
+.PHONY: demo test check lint types build wheel bench-check format clean
 
 demo: $(VENV)/.run
 	@$(BIN)/python -m tilemla.demo
@@ -48,6 +53,9 @@ build: $(VENV)/.run
 wheel: $(VENV)/.run
 	@rm -rf build
 	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+bench-check: $(VENV)/.run
+	@$(BIN)/tilemla bench --cases grid --cases small --cases imbalanced --check $(BENCH_RECORD) $(BENCH_ARGS)
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix

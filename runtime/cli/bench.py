@@ -16,6 +16,7 @@ from tilemla.bench.cases import CASE_LISTS, DEFAULT_LISTS, SHORT_DTYPE, GridCase
 from tilemla.cli.output import make_console
 
 if TYPE_CHECKING:
+    from tilemla.bench.gate import Baseline
     from tilemla.bench.record import Record
 
 _STDOUT = Path("-")
@@ -80,6 +81,21 @@ def _output(*names: str, help_text: str, allow_dash: bool = False) -> Callable[[
     metavar="FILE",
     help="Run nothing: show the latest measurement of each case in a log; --graph and --clean say of which mode.",
 )
+@click.option(
+    "--check",
+    "check_log",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Fail where the ratio to a peer fell behind the newest one of the same case, device and mode in a log.",
+)
+@click.option(
+    "--check-tolerance",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    metavar="FRACTION",
+    help="How much lower than the recorded ratio is still well.",
+)
 @click.pass_context
 def bench(
     context: click.Context,
@@ -96,6 +112,8 @@ def bench(
     log: Path | None,
     png: Path | None,
     from_log: Path | None,
+    check_log: Path | None,
+    check_tolerance: float,
 ) -> None:
     """Time decode calls beside other implementations, and beside what the device can do.
 
@@ -117,9 +135,13 @@ def bench(
       tilemla bench --cases small --graph --peer none
       tilemla bench --cases grid --match "h128k1 s2" --rounds 9 --log h100.jsonl
       tilemla bench --from h100.jsonl --png roofline.png
+      tilemla bench --cases small --check h100.jsonl
     """  # noqa: D301 (the backspace is click's mark of a paragraph that is not wrapped)
     if png is not None:
         _require_matplotlib()
+    if check_log is None and _is_given(context, "check_tolerance"):
+        raise click.UsageError("--check-tolerance is about --check, which was not given")
+    baseline = _read_baseline(check_log) if check_log is not None else None
     missing_peers: dict[str, str] = {}
     if from_log is not None:
         given = [flag for name, flag in _RUN_OPTIONS.items() if _is_given(context, name)]
@@ -129,15 +151,19 @@ def bench(
     else:
         if len(peers) > 1 and {"auto", "none"} & set(peers):
             raise click.UsageError(f"--peer auto and --peer none stand alone, got {', '.join(peers)}")
+        if baseline is not None and peers == ("none",):
+            raise click.UsageError("--check compares ratios to a peer, so it does not go with --peer none")
         device = _choose_device(device)
         if device == "cpu" and (graph or clean):
             raise click.UsageError("--graph and --clean are about a GPU, and this runs on a CPU")
         selected = _select(cases or DEFAULT_LISTS[device], dtype, match)
         flush: Literal["dirty", "clean"] = "clean" if clean else "dirty"
-        records, missing_peers = _run(selected, device, dtype, peers, rounds, rep_ms, flush, graph, log)
+        records, missing_peers = _run(selected, device, dtype, peers, rounds, rep_ms, flush, graph, log, baseline)
     _show(records, missing_peers, json_path)
     if png is not None:
         _draw(records, png)
+    if baseline is not None:
+        _check(records, baseline, check_tolerance, on_stderr=json_path == _STDOUT)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -212,11 +238,13 @@ def _run(
     flush: Literal["dirty", "clean"],
     graph: bool,
     log: Path | None,
+    baseline: Baseline | None,
 ) -> tuple[list[Record], dict[str, str]]:
     """Measure, with a line on stderr for each case, and on a terminal a bar below them."""
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from tilemla.bench.gate import GateError
     from tilemla.bench.peers import PeerError, find_peers
     from tilemla.bench.record import append_log
     from tilemla.bench.run import make_context, measure
@@ -233,6 +261,11 @@ def _run(
     for name, reason in peers.missing.items():
         console.print(f"peer {name}: none ({reason})")
     console.print("peers: " + (", ".join(peer.name for peer in peers.found) or "there is none, so there are no ratios"))
+    if baseline is not None:
+        try:
+            baseline.require(context, [case for _, case in selected], [peer.name for peer in peers.found])
+        except GateError as error:
+            raise click.ClickException(f"--check: {error}") from error
 
     records: list[Record] = []
     bar = Progress(
@@ -288,3 +321,35 @@ def _draw(records: list[Record], path: Path) -> None:
         draw_roofline(records, path)
     except ValueError as error:
         raise click.ClickException(f"--png: {error}") from error
+
+
+def _read_baseline(path: Path) -> Baseline:
+    from tilemla.bench.gate import Baseline
+
+    try:
+        return Baseline(path)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _check(records: list[Record], baseline: Baseline, tolerance: float, *, on_stderr: bool) -> None:
+    from tilemla.bench.gate import GateError, compare, make_gate_table
+
+    try:
+        comparison = compare(records, baseline, tolerance)
+    except GateError as error:
+        raise click.ClickException(f"--check: {error}") from error
+    console = make_console(stderr=on_stderr)
+    for case, reason in comparison.not_compared.items():
+        console.print(f"{case}: not compared: {reason}", soft_wrap=True)
+    total = len(comparison.changes)
+    if comparison.behind:
+        console.print(make_gate_table(comparison.behind))
+        raise click.ClickException(
+            f"--check: {len(comparison.behind)} of {total} ratios to a peer failed or are more than {tolerance:.1%} "
+            f"lower than in {baseline.path}"
+        )
+    console.print(
+        f"ratios to a peer compared: {total}, none more than {tolerance:.1%} lower than in {baseline.path}",
+        soft_wrap=True,
+    )
