@@ -134,7 +134,7 @@ def flash_mla_with_kvcache(
             config,
         )
         plan = _plans.get(kind)
-    except (AttributeError, TypeError):  # something is no tensor, or cannot be a key
+    except (AttributeError, TypeError, IndexError):  # something is no tensor, has too few dimensions, or is no key
         kind, plan = None, None
     if plan is not None and causal.__class__ is bool:
         try:
