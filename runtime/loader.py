@@ -154,15 +154,13 @@ def _explain_missing(spec: KernelSpec, reason: str) -> str:
     )
 
 
-def load_module(spec: KernelSpec, on_step: OnStep | None = None) -> LoadedModule:
+def load_module(spec: KernelSpec) -> LoadedModule:
     """Open the module of ``spec``; the second time, return the open one.
 
     Parameters
     ----------
     spec : KernelSpec
         What the module must be specialised on.
-    on_step : callable, optional
-        As ``ensure_module``.
 
     Raises
     ------
@@ -175,7 +173,7 @@ def load_module(spec: KernelSpec, on_step: OnStep | None = None) -> LoadedModule
     with _load_lock:
         loaded = _loaded.get(spec)
         if loaded is None:
-            loaded = _loaded[spec] = open_module(ensure_module(spec, on_step).entry)
+            loaded = _loaded[spec] = open_module(ensure_module(spec).entry)
     return loaded
 
 

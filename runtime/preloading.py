@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tilemla.errors import ModuleNotBuiltError
 from tilemla.generate import Outcome, run_side_by_side
 from tilemla.host import list_gpus
-from tilemla.loader import find_module, load_module, loaded_specs
+from tilemla.loader import ensure_module, find_module, load_module, loaded_specs
 from tilemla.log import logger
 from tilemla.progress import show_progress
 from tilemla.select import arch_of
@@ -53,13 +53,15 @@ def preload_modules(
     specs = select_specs(presets=(preset,), archs=archs, dtypes=dtypes)
     if not specs:
         raise ValueError(f"nothing of preset {preset!r} is for archs {', '.join(archs)} and dtypes {', '.join(dtypes)}")
-    opened = set(loaded_specs())
-    missing = [spec for spec in specs if spec not in opened and find_module(spec) is None]
+    to_open = [spec for spec in specs if spec not in loaded_specs()]
+    missing = [spec for spec in to_open if find_module(spec) is None]
     with show_progress() as progress:
 
         def make(spec: KernelSpec) -> tuple[Entry, bool]:
-            module = load_module(spec, lambda step: progress.step(spec.name, step))
-            return Entry(module.manifest, module.library.parent), spec in missing
+            # Not by load_module alone: that makes one at a time.
+            entry = ensure_module(spec, lambda step: progress.step(spec.name, step)).entry
+            load_module(spec)
+            return entry, spec in missing
 
         def tell(outcome: Outcome) -> None:
             if outcome.state == "failed":
@@ -67,7 +69,7 @@ def preload_modules(
             elif outcome.state == "built":
                 progress.done(outcome.spec.name, f"loaded after {outcome.seconds:.1f} s")
 
-        outcomes = run_side_by_side(specs, make, jobs=jobs, on_done=tell)
+        outcomes = run_side_by_side(to_open, make, jobs=jobs, on_done=tell)
     failures = [outcome.error for outcome in outcomes if outcome.error is not None]
     if failures:
         raise ModuleNotBuiltError(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -377,7 +378,8 @@ def test_preload(tmp_path, how):
     }[how]
     if how == "variable":
         environment["TILEMLA_PRELOAD"] = "deepseek-v3"
-    assert run_python(f"{first}\n{OPENED}", stderr="", **environment).split() == [SPEC.name, OTHER.name]
+    opened = run_python(f"{first}\n{OPENED}", stderr="", **environment).split()
+    assert sorted(opened) == sorted([SPEC.name, OTHER.name])
 
 
 def test_preload_of_what_is_missing_names_it(empty_cache, monkeypatch):
@@ -395,6 +397,20 @@ def test_preload_generates_what_is_missing(cache, copying_child, capsys):
     loader._loaded.clear()
     assert preloading.preload_modules("deepseek-v3", archs=["cpu"], dtypes=["bfloat16"]) == [SPEC]
     assert copying_child == [SPEC] and f"{SPEC.name}: loaded after" in capsys.readouterr().err
+
+
+def test_preload_generates_side_by_side(empty_cache, monkeypatch):
+    """Each build waits until the other one runs, too."""
+    both = threading.Barrier(2, timeout=60)
+    run_child = generate._run_child
+
+    def run(spec, directory, on_step):
+        both.wait()
+        run_child(spec, directory, on_step)
+
+    monkeypatch.setattr(generate, "_run_child", run)
+    assert preloading.preload_modules("deepseek-v3", archs=["cpu"], jobs=2) == [SPEC, OTHER]
+    assert set(loader.loaded_specs()) == {SPEC, OTHER}
 
 
 def test_preload_of_an_unknown_preset():
