@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tilemla.loader import ensure_module
     from tilemla.preloading import preload_modules
     from tilemla.spec import PRESETS, SUPPORTED_SPECS, KernelSpec, select_specs
+    from tilemla.workspace import release_workspaces
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOME = {
     "flash_mla_with_kvcache": "tilemla.interface",
     "get_mla_metadata": "tilemla.interface",
     "preload_modules": "tilemla.preloading",
+    "release_workspaces": "tilemla.workspace",
     "select_specs": "tilemla.spec",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "preload_modules",
+    "release_workspaces",
     "select_specs",
 ]
 
