@@ -45,7 +45,7 @@ class LoadedModule(NamedTuple):
 
 
 _loaded: dict[KernelSpec, LoadedModule] = {}
-_load_lock = threading.RLock()
+_load_lock = threading.Lock()
 
 _MEND = {
     "directory": "build it anew with `tilemla build` or take the directory out of TILEMLA_MODULE_PATH",
@@ -170,10 +170,16 @@ def load_module(spec: KernelSpec) -> LoadedModule:
     loaded = _loaded.get(spec)
     if loaded is not None:
         return loaded
+    # Not under the lock: several modules may be generated at once, and one that two threads want is made once anyway.
+    return load_entry(spec, ensure_module(spec).entry)
+
+
+def load_entry(spec: KernelSpec, entry: Entry) -> LoadedModule:
+    """Open the module of ``spec`` that was found, unless one is open; raises as ``open_module``."""
     with _load_lock:
         loaded = _loaded.get(spec)
         if loaded is None:
-            loaded = _loaded[spec] = open_module(ensure_module(spec).entry)
+            loaded = _loaded[spec] = open_module(entry)
     return loaded
 
 

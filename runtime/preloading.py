@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilemla.errors import ModuleNotBuiltError
-from tilemla.generate import Outcome, run_side_by_side
+from tilemla.generate import run_side_by_side
 from tilemla.host import list_gpus
-from tilemla.loader import ensure_module, find_module, load_module, loaded_specs
+from tilemla.loader import ensure_module, find_module, load_entry, loaded_specs
 from tilemla.log import logger
 from tilemla.progress import show_progress
 from tilemla.select import arch_of
@@ -54,22 +54,24 @@ def preload_modules(
     if not specs:
         raise ValueError(f"nothing of preset {preset!r} is for archs {', '.join(archs)} and dtypes {', '.join(dtypes)}")
     to_open = [spec for spec in specs if spec not in loaded_specs()]
-    missing = [spec for spec in to_open if find_module(spec) is None]
+    # Found and opened by this thread, for during an import another one that imports a part of this package would wait
+    # forever. What a build needs to know of sources and tools is found out, once, where a module is looked for.
+    found = {spec: find_module(spec) for spec in to_open}
     with show_progress() as progress:
 
         def make(spec: KernelSpec) -> tuple[Entry, bool]:
-            # Not by load_module alone: that makes one at a time.
-            entry = ensure_module(spec, lambda step: progress.step(spec.name, step)).entry
-            load_module(spec)
-            return entry, spec in missing
+            return ensure_module(spec, lambda step: progress.step(spec.name, step)).entry, True
 
-        def tell(outcome: Outcome) -> None:
-            if outcome.state == "failed":
+        outcomes = run_side_by_side([spec for spec, there in found.items() if there is None], make, jobs=jobs)
+        for spec, there in found.items():
+            if there is not None:
+                load_entry(spec, there.entry)
+        for outcome in outcomes:
+            if outcome.entry is None:
                 progress.done(outcome.spec.name, "failed", failed=True)
-            elif outcome.state == "built":
+            else:
+                load_entry(outcome.spec, outcome.entry)
                 progress.done(outcome.spec.name, f"loaded after {outcome.seconds:.1f} s")
-
-        outcomes = run_side_by_side(to_open, make, jobs=jobs, on_done=tell)
     failures = [outcome.error for outcome in outcomes if outcome.error is not None]
     if failures:
         raise ModuleNotBuiltError(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tilemla import env
+from tilemla import env, wheel
 from tilemla.errors import ModuleNotBuiltError, ToolchainError
 from tilemla.fingerprint import store_name, store_pattern, why_not_generated
 from tilemla.manifest import Manifest, ManifestError, manifest_path, read_manifest, verify_library
@@ -88,12 +88,24 @@ def read_entry(spec: KernelSpec, store: str | Path) -> Entry | None:
     if not directory.is_dir():
         return None
     entry = _check_entry(directory)
-    if entry.manifest.spec != spec.to_dict():
-        raise ManifestError(f"{directory}: expected a module for {spec.to_dict()}, got one for {entry.manifest.spec}")
-    missing = [name for name in PROGRAMS if name not in entry.manifest.programs]
-    if missing:
-        raise ManifestError(f"{directory}: the module lacks {', '.join(missing)}")
+    require_spec(entry, spec)
     return entry
+
+
+def require_spec(entry: Entry, spec: KernelSpec) -> None:
+    """Make sure that a module, whose hash has been checked, is what a call for a spec needs.
+
+    Raises
+    ------
+    ManifestError
+        When it is for another spec or lacks a program.
+    """
+    manifest = entry.manifest
+    if manifest.spec != spec.to_dict():
+        raise ManifestError(f"{entry.directory}: expected a module for {spec.to_dict()}, got one for {manifest.spec}")
+    missing = [name for name in PROGRAMS if name not in manifest.programs]
+    if missing:
+        raise ManifestError(f"{entry.directory}: the module lacks {', '.join(missing)}")
 
 
 def _check_entry(directory: Path) -> Entry:
@@ -133,16 +145,17 @@ def iter_cache_stores() -> Iterator[Path]:
             yield path
 
 
-def search_path(arch: str) -> list[Location]:
+def search_path(arch: str) -> Iterator[Location]:
     """Where modules of an architecture are looked for, first to last.
 
     Explicit directories, installed module wheels, then the cache: what the tools of this machine made; where none can
-    be made here, also what the same sources made with other tools, the newest first.
+    be made here, also what the same sources made with other tools, the newest first. Each is looked for when it is
+    reached: compilers are not asked for their versions where a module was found before the cache.
     """
-    from tilemla.wheel import installed_module_stores
-
-    places = [Location("directory", path, "TILEMLA_MODULE_PATH") for path in env.module_path()]
-    places += [Location("wheel", store, label) for label, store in installed_module_stores()]
+    for path in env.module_path():
+        yield Location("directory", path, "TILEMLA_MODULE_PATH")
+    for label, store in wheel.installed_module_stores():
+        yield Location("wheel", store, label)
     stores: list[Path] = []
     try:
         stores.append(cache_store(arch))
@@ -152,7 +165,8 @@ def search_path(arch: str) -> list[Location]:
         cache = env.cache_dir()
         others = [path for path in cache.glob(store_pattern(arch)) if path.is_dir() and path not in stores]
         stores += sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
-    return places + [Location("cache", store, "cache") for store in stores]
+    for store in stores:
+        yield Location("cache", store, "cache")
 
 
 def why_cannot_generate(arch: str) -> str | None:

@@ -74,6 +74,7 @@ def copying_child(built, monkeypatch):
     builds = []
 
     def copy(spec, directory, on_step):
+        on_step("copying")
         builds.append(spec)
         shutil.rmtree(directory / SPEC.name, ignore_errors=True)
         shutil.copytree(built / SPEC.name, directory / SPEC.name)
@@ -109,6 +110,15 @@ def test_search_order(built, cache, no_child, tmp_path, monkeypatch):
     assert loader.find_module(SPEC).location == store.Location("wheel", tmp_path / "wheel", "a-wheel 1.0")
     shutil.rmtree(tmp_path / "wheel")
     assert loader.find_module(SPEC).location == store.Location("cache", cache, "cache")
+
+
+def test_compilers_are_not_asked_where_a_module_is_found_before_the_cache(built, empty_cache, monkeypatch):
+    def refuse(arch):
+        raise AssertionError("a compiler was asked for its version")
+
+    monkeypatch.setattr(fingerprint, "tool_versions", refuse)
+    monkeypatch.setenv("TILEMLA_MODULE_PATH", str(built))
+    assert loader.find_module(SPEC).entry.directory.parent == built
 
 
 def test_scheduler_of_whatever_dtype_is_built(built, empty_cache, no_child, monkeypatch):
@@ -379,6 +389,12 @@ def test_preload(tmp_path, how):
     if how == "variable":
         environment["TILEMLA_PRELOAD"] = "deepseek-v3"
     opened = run_python(f"{first}\n{OPENED}", stderr="", **environment).split()
+    assert sorted(opened) == sorted([SPEC.name, OTHER.name])
+
+
+def test_preload_at_import_generates_what_is_missing(empty_cache):
+    """While the package is still being imported: a thread that imported a part of it would wait forever."""
+    opened = run_python(f"import tilemla\n{OPENED}", TILEMLA_PRELOAD="deepseek-v3", CUDA_VISIBLE_DEVICES="").split()
     assert sorted(opened) == sorted([SPEC.name, OTHER.name])
 
 

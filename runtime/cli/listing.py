@@ -15,7 +15,7 @@ from tilemla.cli.output import format_size, make_console, tree_size
 from tilemla.host import why_unmet
 from tilemla.manifest import ManifestError
 from tilemla.spec import ARCHS, KernelSpec
-from tilemla.store import Entry, Location, iter_cache_stores, iter_entries, read_entry, search_path
+from tilemla.store import Entry, Location, iter_cache_stores, iter_entries, require_spec, search_path
 
 _STYLES = {"ok": "green", "stale": "dim", "unmet": "yellow", "damaged": "bold red"}
 _MEANINGS = {
@@ -94,7 +94,7 @@ def list_modules(archs: tuple[str, ...], as_json: bool) -> None:
 
 def find_stores() -> tuple[list[Location], set[Path]]:
     """Every store, those in the cache that modules are not looked for in last, and the set of those that they are."""
-    paths = [search_path(arch) for arch in ARCHS]
+    paths = [list(search_path(arch)) for arch in ARCHS]
     live = {location.store for path in paths for location in path}
     locations = [location for location in paths[0] if location.kind != "cache"]
     cached = sorted(iter_cache_stores(), key=lambda store: store not in live)
@@ -132,7 +132,7 @@ def _why_damaged(entry: Entry) -> str | None:
         spec = KernelSpec.from_dict(entry.manifest.spec)
         if spec.name != entry.directory.name:
             return f"{entry.directory}: expected a module for {entry.directory.name}, got one for {spec.name}"
-        read_entry(spec, entry.directory.parent)
+        require_spec(entry, spec)
     except ValueError as error:
         return str(error)
     return None
