@@ -188,14 +188,14 @@ def _check_and_decode(
     else:
         k_cache = check_tma_layout(k_cache)
         q = _readable_by_tma(q)
+    # The last query sees every token: with one query the mask changes nothing.
+    causal = causal and seq_len_q > 1
 
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError(f"num_splits must be None beside a FlashMLASchedMeta, got {type(num_splits).__name__}")
         sched_meta = tile_scheduler_metadata
-        # The last query sees every token: with one query the mask changes nothing.
-        masked = causal and seq_len_q > 1
-        config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, masked, device)
+        config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, device)
         if not sched_meta.have_initialized:
             rows = seq_len_q * (num_heads_q // num_heads_k)
             num_sm_parts = num_sm_parts_for(kernels.num_sms, rows, num_heads_k)

@@ -56,8 +56,7 @@ class DecodePlan:
         scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
         # A scale of 0 still has to leave a masked score at -inf; times this, every finite score is 0 in float32.
         scale_log2 = max(scale * _LOG2E, _FLOAT32_TINY)
-        # The last query sees every token: with one query the mask changes nothing.
-        self._scalars = (scale_log2, seq_len_q, group, int(causal and seq_len_q > 1))
+        self._scalars = (scale_log2, seq_len_q, group, int(causal))
         self._is_folded = num_heads_k == 1 == seq_len_q  # q and out have the kernel's shape already
         self._lse_shape = (batch_size, num_heads_q, seq_len_q)
 

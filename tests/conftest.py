@@ -79,3 +79,11 @@ def old_store(cache):
     path = cache / "0.0.9-cpu-tilelang0.1.14-apache-tvm-ffi0.1.12-g++12.2.0-0123456789abcdef"
     make_private(path)
     return path
+
+
+@pytest.fixture
+def serving_machine(cache, monkeypatch):
+    """A machine whose cache is empty and where nothing is generated."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TILEMLA_BUILD", "never")

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from fakes import make_entry
-from tilemla import env, fingerprint, host, toolchain
+from tilemla import fingerprint, host, toolchain
 from tilemla.cli import main, probes
 from tilemla.cli.doctor import Section, doctor
 from tilemla.cli.probes import Finding
@@ -25,13 +25,8 @@ A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), sms=108, memory_bytes=80 << 30)
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch, tmp_path):
-    """A machine without a GPU, whose cache is empty and where nothing is generated."""
-    for name in (*env.NAMES, "CUDA_HOME", "CUDA_PATH", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TILEMLA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TILEMLA_BUILD", "never")
-    monkeypatch.setattr("tilemla.wheel.installed_module_stores", list)
+def machine(serving_machine, monkeypatch):
+    """A machine without a GPU."""
     with_gpus(monkeypatch)
 
 

@@ -16,17 +16,10 @@ from pathlib import Path
 import pytest
 
 from fakes import make_driver, make_entry
-from tilemla import env, host
+from tilemla import host
 from tilemla.spec import PRESETS
 
-
-@pytest.fixture(autouse=True)
-def machine(monkeypatch, tmp_path):
-    """A machine whose cache is empty and where nothing is generated."""
-    for name in (*env.NAMES, "CUDA_HOME", "CUDA_PATH", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TILEMLA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TILEMLA_BUILD", "never")
+pytestmark = pytest.mark.usefixtures("serving_machine")
 
 
 @pytest.fixture

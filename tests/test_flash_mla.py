@@ -18,8 +18,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import tilemla
-from cases import HEAD_DIM_V
 from reference import check_result, reference_of
 from schedules import spread_schedule
 from tilemla.bench.cases import GridCase, cpu_cases, grid_cases, imbalanced_cases
@@ -63,18 +61,9 @@ def check(case: GridCase, device: torch.device) -> None:
     check_result(out, lse, expected)
     if not (torch.equal(out, again) and torch.equal(lse, lse_again)):
         raise AssertionError("the same inputs gave other bits")
-    tokens_per_head_k = case.seq_len_q * case.num_heads_q // case.num_heads_k
-    num_sm_parts = tilemla.get_mla_metadata(inputs.cache_seqlens, tokens_per_head_k, case.num_heads_k)[0].shape[0]
-    schedule = spread_schedule(case.make_lengths(), num_sm_parts)
-    out, lse = tilemla.flash_mla_with_kvcache(
-        inputs.q,
-        inputs.k_cache,
-        inputs.block_table,
-        inputs.cache_seqlens,
-        HEAD_DIM_V,
-        *(torch.from_numpy(array).to(device) for array in schedule),
-        causal=case.causal,
-    )
+    num_sm_parts = OURS.make_schedule(case, inputs)[0].shape[0]
+    metadata, num_splits = map(torch.from_numpy, spread_schedule(case.make_lengths(), num_sm_parts))
+    out, lse = OURS.prepare_with((metadata.to(device), num_splits.to(device)), case, inputs)()
     check_result(out, lse, expected)
 
 

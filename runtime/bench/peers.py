@@ -64,8 +64,18 @@ class FlashMLA:
 
     def prepare(self, case: GridCase, inputs: GridInputs) -> Decode:
         """Schedule with ``get_mla_metadata``; the call is ``flash_mla_with_kvcache``."""
+        return self.prepare_with(self.make_schedule(case, inputs), case, inputs)
+
+    def make_schedule(self, case: GridCase, inputs: GridInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """``tile_scheduler_metadata`` and ``num_splits``, as the implementation prefers them."""
         tokens_per_head_k = case.seq_len_q * case.num_heads_q // case.num_heads_k
-        schedule = self.api.get_mla_metadata(inputs.cache_seqlens, tokens_per_head_k, case.num_heads_k)
+        schedule: tuple[torch.Tensor, torch.Tensor] = self.api.get_mla_metadata(
+            inputs.cache_seqlens, tokens_per_head_k, case.num_heads_k
+        )
+        return schedule
+
+    def prepare_with(self, schedule: tuple[torch.Tensor, torch.Tensor], case: GridCase, inputs: GridInputs) -> Decode:
+        """A call of ``flash_mla_with_kvcache`` that follows a schedule."""
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
             result: tuple[torch.Tensor, torch.Tensor] = self.api.flash_mla_with_kvcache(
