@@ -6,7 +6,6 @@ over a local buffer. Scores are in log2 units: ``dot(q, k) * softmax_scale_log2`
 ``query * group_size + head``: the ``group_size = h_q // h_k`` heads that share a KV head lie side by side.
 """
 
-import math
 from typing import Any
 
 import tilelang.language as T
@@ -18,30 +17,29 @@ RUNNING_MAX_START = -1e30
 # accumulator. A probability is then at most 2**8, far inside fp32, bf16 and fp16.
 LAZY_MAX_MARGIN_LOG2 = 8.0
 
-LN_2 = math.log(2.0)
-
 
 def page_index(block_table, request, block) -> Any:
     """The page that holds `block` of `request`. Only blocks below ``count_blocks`` may be asked for."""
     return block_table[request, block]
 
 
-def is_visible(key, cache_seqlen, row, group_size, seq_len_q, causal) -> Any:
+def is_visible(key, cache_seqlen, row, group_size, seq_len_q, window_right) -> Any:
     """Whether a row attends to `key`, counted from the start of the cache, bool.
 
-    Causal masking (`causal` is 1, else 0) is aligned to the end of the cache: query i sees the keys below
+    Causal masking (`window_right` is 0; -1 is none) is aligned to the end of the cache: query i sees the keys below
     ``cache_seqlen - seq_len_q + i + 1``. With ``i = row // group_size`` that is
     ``(key - cache_seqlen + seq_len_q) * group_size <= row``, which needs no division. Ask only about keys of a block
     that `needs_mask`: further back the product may overflow.
     """
+    causal = window_right + 1
     seq_len = 1 + causal * (seq_len_q - 1)
     step = 1 + causal * (group_size - 1)
     return (key - cache_seqlen + seq_len) * step <= causal * row
 
 
-def needs_mask(block, block_n, cache_seqlen, seq_len_q, causal) -> Any:
+def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_right) -> Any:
     """Whether some row does not see some key of `block`: true of the last blocks of a sequence alone."""
-    return (block + 1) * block_n > cache_seqlen - causal * (seq_len_q - 1)
+    return (block + 1) * block_n > cache_seqlen - (window_right + 1) * (seq_len_q - 1)
 
 
 def mask_score(score, visible) -> Any:
@@ -77,6 +75,9 @@ def partial_lse_log2(row_sum, running_max) -> Any:
     return T.if_then_else(row_sum > 0.0, T.log2(row_sum) + running_max, -T.infinity("float32"))
 
 
-def final_lse(row_sum, running_max) -> Any:
-    """Natural log-sum-exp of a row; +inf when the row saw no key, as FlashMLA has it."""
-    return T.if_then_else(row_sum > 0.0, (T.log2(row_sum) + running_max) * LN_2, T.infinity("float32"))
+def final_lse(row_sum, running_max, lse_scale) -> Any:
+    """Log-sum-exp of a row; +inf when the row saw no key, as FlashMLA has it.
+
+    `lse_scale` is the log of 2 in the base that is wanted: ln 2 for the natural one, 1 for base 2.
+    """
+    return T.if_then_else(row_sum > 0.0, (T.log2(row_sum) + running_max) * lse_scale, T.infinity("float32"))

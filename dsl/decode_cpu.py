@@ -57,9 +57,10 @@ def make_decode_program(spec) -> Program:
         block_table (b, max_num_blocks_per_seq), cache_seqlens (b,), tile_scheduler_metadata (num_sm_parts, 8),
         num_splits (b + 1 or longer,), out (b, h_k, rows, head_dim_v), softmax_lse (b, h_k, rows),
         out_accum (max_num_splits, h_k, rows, head_dim_v), lse_accum_log2 (max_num_splits, h_k, rows),
-        softmax_scale_log2, seq_len_q, group_size, causal)`` with
-        ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a last stride of 1. bfloat16 tensors
-        are declared uint16.
+        attn_sink (h_k, group_size), softmax_scale_log2, lse_scale, seq_len_q, group_size, window_left, window_right,
+        has_sink)`` with ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a last stride of 1.
+        bfloat16 tensors are declared uint16. ``window_right`` is 0 for causal masking, else -1; ``window_left`` and
+        ``has_sink`` must be -1 and 0.
     """
     dtype = spec.dtype
     storage = "uint16" if dtype == "bfloat16" else dtype
@@ -69,7 +70,7 @@ def make_decode_program(spec) -> Program:
     len_num_splits, max_num_splits = T.dynamic("len_num_splits, max_num_splits")
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
-    table_stride_b = T.dynamic("table_stride_b")
+    table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
 
     @T.macro
     def load_page(kcache, tokens, keys, page, head_k, num_tokens):
@@ -124,16 +125,16 @@ def make_decode_program(spec) -> Program:
                 )
 
     @T.macro
-    def write_row(acc, i, row_sum, row_max, out, softmax_lse, request, head_k, row):
+    def write_row(acc, i, row_sum, row_max, lse_scale, out, softmax_lse, request, head_k, row):
         """Normalise row `i` of a tile and write it, rounded, beside its log-sum-exp."""
-        softmax_lse[request, head_k, row] = attention.final_lse(row_sum, row_max)
+        softmax_lse[request, head_k, row] = attention.final_lse(row_sum, row_max, lse_scale)
         factor = T.alloc_local((1,), "float32")
         factor[0] = attention.inverse_sum(row_sum)
         for d in T.serial(head_dim_v):
             out[request, head_k, row, d] = narrow(acc[i, d] * factor[0], dtype)
 
     @T.macro
-    def merge_row(num_splits, out_accum, lse_accum_log2, out, softmax_lse, request, head_k, row):
+    def merge_row(num_splits, out_accum, lse_accum_log2, lse_scale, out, softmax_lse, request, head_k, row):
         merged = T.alloc_local((1, head_dim_v), "float32")
         lse_max = T.alloc_local((1,), "float32")
         weight = T.alloc_local((1,), "float32")
@@ -151,7 +152,7 @@ def make_decode_program(spec) -> Program:
             weight_sum[0] = weight_sum[0] + weight[0]
             for d in T.serial(head_dim_v):
                 merged[0, d] = merged[0, d] + weight[0] * out_accum[slot + split, head_k, row, d]
-        write_row(merged, 0, weight_sum[0], lse_max[0], out, softmax_lse, request, head_k, row)
+        write_row(merged, 0, weight_sum[0], lse_max[0], lse_scale, out, softmax_lse, request, head_k, row)
 
     @T.prim_func
     def mla_decode(
@@ -167,10 +168,14 @@ def make_decode_program(spec) -> Program:
         softmax_lse: T.Tensor((b, h_k, rows), "float32"),
         out_accum: T.Tensor((max_num_splits, h_k, rows, head_dim_v), "float32"),
         lse_accum_log2: T.Tensor((max_num_splits, h_k, rows), "float32"),
+        attn_sink: T.Tensor((h_k, sink_group), "float32"),
         softmax_scale_log2: T.float32,
+        lse_scale: T.float32,
         seq_len_q: T.int32,
         group_size: T.int32,
-        causal: T.int32,
+        window_left: T.int32,
+        window_right: T.int32,
+        has_sink: T.int32,
     ):
         with T.Kernel(T.ceildiv(rows, block_m), h_k, num_sm_parts, threads=1) as (tile, head_k, part_index):
             query = T.alloc_local((block_m, head_dim_qk), "float32")
@@ -202,10 +207,10 @@ def make_decode_program(spec) -> Program:
                     load_page(kcache, tokens, keys, page, head_k, T.min(block_n, cache_seqlen - block * block_n))
                     for i in T.serial(tile_rows):
                         score_row(query, keys, scores, i)
-                        if attention.needs_mask(block, block_n, cache_seqlen, seq_len_q, causal):
+                        if attention.needs_mask(block, block_n, cache_seqlen, seq_len_q, window_right):
                             for j in T.serial(block_n):
                                 visible = attention.is_visible(
-                                    block * block_n + j, cache_seqlen, row0 + i, group_size, seq_len_q, causal
+                                    block * block_n + j, cache_seqlen, row0 + i, group_size, seq_len_q, window_right
                                 )
                                 scores[i, j] = attention.mask_score(scores[i, j], visible)
                         soften_row(scores, acc, row_max, row_sum, moved, i, softmax_scale_log2)
@@ -218,12 +223,22 @@ def make_decode_program(spec) -> Program:
                         for d in T.serial(head_dim_v):
                             out_accum[slot, head_k, row0 + i, d] = acc[i, d] * moved[0]
                     else:
-                        write_row(acc, i, row_sum[i], row_max[i], out, softmax_lse, request, head_k, row0 + i)
+                        write_row(
+                            acc, i, row_sum[i], row_max[i], lse_scale, out, softmax_lse, request, head_k, row0 + i
+                        )
 
         with T.Kernel(rows, h_k, b, threads=1) as (merged_row, merged_head_k, merged_request):
             if combine.needs_combine(num_splits, merged_request):
                 merge_row(
-                    num_splits, out_accum, lse_accum_log2, out, softmax_lse, merged_request, merged_head_k, merged_row
+                    num_splits,
+                    out_accum,
+                    lse_accum_log2,
+                    lse_scale,
+                    out,
+                    softmax_lse,
+                    merged_request,
+                    merged_head_k,
+                    merged_row,
                 )
 
     # Bounds are proven by the schedule and the block table; guards would keep the C compiler from vectorising.

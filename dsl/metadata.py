@@ -6,7 +6,7 @@ cuts, leaves it to the next part.
 
 Which payload, and whether requests may be cut, is tried out: each lane of a warp plays one plan through, and the
 cheapest that fits into the parts is carried out. A plan costs its payload, since parts run side by side, and where it
-cuts, what merging costs (`SchedulerConfig`). With ``share`` the equal share of the total cost, a payload of
+cuts, what merging costs (``tilemla.costs``). With ``share`` the equal share of the total cost, a payload of
 ``share + overhead`` always works: a part either adds an overhead by cutting a request or leaves at most that much
 unused.
 """
@@ -18,7 +18,7 @@ from tilemla.dsl.schedule import (
     BEGIN_BLOCK,
     BEGIN_REQUEST,
     BEGIN_SPLIT,
-    DEFAULT_SCHEDULER_CONFIG,
+    BLOCK_N,
     END_BLOCK,
     END_REQUEST_INCLUSIVE,
     IS_FIRST_REQUEST_SPLIT,
@@ -26,14 +26,12 @@ from tilemla.dsl.schedule import (
     NUM_COLUMNS,
     RESERVED,
     Part,
-    SchedulerConfig,
     count_blocks,
 )
 
 # Names of the elements of the walk's state, a local int32 buffer. The first three are the open part's row so far.
 _BEGIN_REQUEST, _BEGIN_BLOCK, _BEGIN_SPLIT, _PART, _REMAINING, _BLOCK, _SPLIT, _NUM_SPLITS, _STATE_SIZE = range(9)
 
-_TILE_ROWS = 64  # of the tile that costs are measured with
 _PAYLOADS = 16  # that are tried, from the equal share on
 _PARTS, _MOST_PIECES, _LEFT, _PLAYED_SIZE = range(4)  # of the state of a plan that is played
 _NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
@@ -111,15 +109,6 @@ def _share(total_cost, num_sm_parts):
     return T.truncdiv(total_cost + num_sm_parts - 1, num_sm_parts)
 
 
-def _scaled(constant, full_tile, rows):
-    """A cost of `constant`, and `full_tile` more when the 64 rows of a query tile are all in use, int32."""
-    return constant + T.truncdiv(full_tile * T.min(rows, _TILE_ROWS), _TILE_ROWS)
-
-
-def _overhead(config, rows):
-    return _scaled(config.overhead, config.overhead_full_tile, rows)
-
-
 def _plan_payload(plan, share):
     """The payload of plan number `plan`, int32: half of the plans cut requests, half do not."""
     return share + plan % _PAYLOADS
@@ -131,13 +120,13 @@ def _plan_may_cut(plan):
 
 
 @T.macro
-def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead, block_n):
+def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead):
     """Count the parts that a plan takes, and the pieces of the request that it cuts most; too many if it fails."""
     played[_PARTS] = 1
     played[_MOST_PIECES] = 1
     played[_LEFT] = payload  # what the open part may still take
     for request in T.serial(b):
-        num_blocks = count_blocks(cache_seqlens[request], block_n)
+        num_blocks = count_blocks(cache_seqlens[request], BLOCK_N)
         if num_blocks + overhead <= played[_LEFT]:
             played[_LEFT] -= num_blocks + overhead
         elif may_cut != 0:
@@ -152,38 +141,37 @@ def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead, block_n):
             played[_LEFT] = payload - overhead - num_blocks
 
 
-def _plan_cost(played, plan, num_sm_parts, rows, config):
+def _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths):
     """What a plan costs more than an equal share, in eighths of a block, int32."""
-    combine = 8 * _scaled(config.combine, config.combine_full_tile, rows)
-    pieces = played[_MOST_PIECES] * _scaled(config.piece, config.piece_full_tile, rows)
-    cost = 8 * (plan % _PAYLOADS) + T.if_then_else(played[_MOST_PIECES] > 1, combine + pieces, 0)
+    merging = combine_eighths + played[_MOST_PIECES] * piece_eighths
+    cost = 8 * (plan % _PAYLOADS) + T.if_then_else(played[_MOST_PIECES] > 1, merging, 0)
     return cost + T.if_then_else(played[_PARTS] <= num_sm_parts, 0, _NEVER)
 
 
-def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG) -> Program:
+def make_metadata_program_cpu() -> Program:
     """The scheduler as a serial C function.
-
-    Parameters
-    ----------
-    config : SchedulerConfig
-        Block size and overhead.
 
     Returns
     -------
     Program
         ``get_mla_metadata(cache_seqlens (b,) int32, tile_scheduler_metadata (num_sm_parts, 8) int32,
-        num_splits (b + 1,) int32, rows int32)``; fills the second and the third. ``rows`` is the number of query rows
-        that share a KV head.
+        num_splits (b + 1,) int32, overhead, combine_eighths, piece_eighths, seq_len_q, window_left)``; fills the
+        second and the third. The integers after them are int32: three costs, as ``tilemla.costs`` has them, the
+        queries of a request, and how far back from its own position a query sees (-1, the only one so far, is all the
+        way).
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
-    block_n = config.block_n
 
     @T.prim_func
     def get_mla_metadata(
         cache_seqlens: T.Tensor((b,), "int32"),
         tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
         num_splits: T.Tensor((b + 1,), "int32"),
-        rows: T.int32,
+        overhead: T.int32,
+        combine_eighths: T.int32,
+        piece_eighths: T.int32,
+        seq_len_q: T.int32,
+        window_left: T.int32,
     ):
         with T.Kernel(1, threads=1) as _:
             state = T.alloc_local((_STATE_SIZE,), "int32")
@@ -191,27 +179,24 @@ def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG
             blocks = T.alloc_local((2,), "int32")
             played = T.alloc_local((_PLAYED_SIZE,), "int32")
             best = T.alloc_local((2,), "int32")  # plan and its cost
-            overhead = T.alloc_var("int32", init=_overhead(config, rows))
             total[0] = 0
             for request in T.serial(b):
-                total[0] = total[0] + count_blocks(cache_seqlens[request], block_n) + overhead
+                total[0] = total[0] + count_blocks(cache_seqlens[request], BLOCK_N) + overhead
             share = T.alloc_var("int32", init=_share(total[0], num_sm_parts))
             best[0] = 0
             best[1] = _NEVER
             for plan in T.serial(2 * _PAYLOADS):
                 if _plan_payload(plan, share) > overhead:
-                    _play_plan(
-                        cache_seqlens, b, played, _plan_payload(plan, share), _plan_may_cut(plan), overhead, block_n
-                    )
-                    if _plan_cost(played, plan, num_sm_parts, rows, config) < best[1]:
+                    _play_plan(cache_seqlens, b, played, _plan_payload(plan, share), _plan_may_cut(plan), overhead)
+                    if _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths) < best[1]:
                         best[0] = plan
-                        best[1] = _plan_cost(played, plan, num_sm_parts, rows, config)
+                        best[1] = _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths)
             for part in T.serial(num_sm_parts):
                 _write_row(tile_scheduler_metadata, part, _idle_row(b))
             _start_walk(num_splits, state)
             blocks[1] = 0
             for request in T.serial(b):
-                blocks[0] = count_blocks(cache_seqlens[request], block_n)
+                blocks[0] = count_blocks(cache_seqlens[request], BLOCK_N)
                 _walk_request(
                     tile_scheduler_metadata,
                     num_splits,
@@ -231,13 +216,8 @@ def make_metadata_program_cpu(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG
     return Program(get_mla_metadata, {"tl.disable_safe_memory_legalize": True})
 
 
-def make_metadata_program_sm90(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFIG) -> Program:
+def make_metadata_program_sm90() -> Program:
     """The scheduler as one warp; lengths pass through shared memory in chunks, so that any batch size fits.
-
-    Parameters
-    ----------
-    config : SchedulerConfig
-        Block size and overhead.
 
     Returns
     -------
@@ -245,32 +225,34 @@ def make_metadata_program_sm90(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFI
         As `make_metadata_program_cpu`.
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
-    block_n = config.block_n
 
     @T.prim_func
     def get_mla_metadata(
         cache_seqlens: T.Tensor((b,), "int32"),
         tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
         num_splits: T.Tensor((b + 1,), "int32"),
-        rows: T.int32,
+        overhead: T.int32,
+        combine_eighths: T.int32,
+        piece_eighths: T.int32,
+        seq_len_q: T.int32,
+        window_left: T.int32,
     ):
         with T.Kernel(1, threads=_THREADS) as _:
             blocks_shared = T.alloc_shared((_CHUNK,), "int32")
             state = T.alloc_local((_STATE_SIZE,), "int32")
             blocks = T.alloc_local((2,), "int32")
             total = T.alloc_var("int32", init=0)
-            overhead = T.alloc_var("int32", init=_overhead(config, rows))
             tx = T.get_thread_binding()
             for step in T.serial(T.ceildiv(b, _THREADS)):
                 request = step * _THREADS + tx
                 if request < b:
-                    total += count_blocks(cache_seqlens[request], block_n) + overhead
+                    total += count_blocks(cache_seqlens[request], BLOCK_N) + overhead
             share = T.alloc_var("int32", init=_share(T.warp_reduce_sum(total), num_sm_parts))
             played = T.alloc_local((_PLAYED_SIZE,), "int32")
             cost = T.alloc_var("int32", init=_NEVER)
             if _plan_payload(tx, share) > overhead:
-                _play_plan(cache_seqlens, b, played, _plan_payload(tx, share), _plan_may_cut(tx), overhead, block_n)
-                cost = T.min(_plan_cost(played, tx, num_sm_parts, rows, config), _NEVER)
+                _play_plan(cache_seqlens, b, played, _plan_payload(tx, share), _plan_may_cut(tx), overhead)
+                cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
             plan = T.alloc_var("int32", init=T.warp_reduce_min(cost * _THREADS + tx) % _THREADS)
             payload = T.alloc_var("int32", init=_plan_payload(plan, share))
             may_cut = T.alloc_var("int32", init=_plan_may_cut(plan))
@@ -287,7 +269,7 @@ def make_metadata_program_sm90(config: SchedulerConfig = DEFAULT_SCHEDULER_CONFI
                 for step in T.serial(_CHUNK // _THREADS):
                     at = step * _THREADS + tx
                     if chunk * _CHUNK + at < b:
-                        blocks_shared[at] = count_blocks(cache_seqlens[chunk * _CHUNK + at], block_n)
+                        blocks_shared[at] = count_blocks(cache_seqlens[chunk * _CHUNK + at], BLOCK_N)
                 T.sync_threads()
                 if tx == 0:
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):

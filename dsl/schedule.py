@@ -7,7 +7,6 @@ a request whose blocks fall into more than one part is split, and each of its pi
 ``num_splits[request] + index of the piece``.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import tilelang.language as T
@@ -24,33 +23,8 @@ RESERVED = 7  # 0
 NUM_COLUMNS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """What the schedule is made with; costs are in blocks of a part's time.
-
-    Parameters
-    ----------
-    block_n : int
-        Tokens in a scheduling block, whatever the page size: callers of the tuple form copy schedules between kernels.
-    overhead, overhead_full_tile : int
-        What visiting a request costs beside its blocks (query load, pipeline fill, epilogue): a constant, and what a
-        full tile of 64 query rows adds.
-    combine, combine_full_tile : int
-        What it costs to cut any request at all (partial results written, read and merged), in the same way.
-    piece, piece_full_tile : int
-        What each piece of the most cut request costs more, in the same way, but in eighths of a block.
-    """
-
-    block_n: int = 64
-    overhead: int = 1
-    overhead_full_tile: int = 4
-    combine: int = 2
-    combine_full_tile: int = 6
-    piece: int = 1
-    piece_full_tile: int = 1
-
-
-DEFAULT_SCHEDULER_CONFIG = SchedulerConfig()
+# Tokens in a scheduling block, whatever the page size: callers of the tuple form copy schedules between kernels.
+BLOCK_N = 64
 
 
 class Part(NamedTuple):

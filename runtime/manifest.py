@@ -13,7 +13,7 @@ from typing import Any
 
 # Raise it when the layout of a manifest or the parameters of an exported function change: a module that was built ahead
 # by another version is then refused instead of being called with the wrong arguments.
-MANIFEST_FORMAT = 3
+MANIFEST_FORMAT = 4
 
 
 class ManifestError(ValueError):

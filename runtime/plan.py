@@ -10,6 +10,7 @@ from tilemla.launch import Kernels
 from tilemla.workspace import take_workspace
 
 _LOG2E = math.log2(math.e)
+_LN_2 = math.log(2.0)
 _FLOAT32_TINY = 2.0**-126  # the smallest normal number
 
 
@@ -56,7 +57,9 @@ class DecodePlan:
         scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
         # A scale of 0 still has to leave a masked score at -inf; times this, every finite score is 0 in float32.
         scale_log2 = max(scale * _LOG2E, _FLOAT32_TINY)
-        self._scalars = (scale_log2, seq_len_q, group, int(causal))
+        # An attention sink that is not there, and two windows without an end on the left; causal ends at the query.
+        self._no_sink = torch.zeros((num_heads_k, 1), dtype=torch.float32, device=q.device)
+        self._scalars = (scale_log2, _LN_2, seq_len_q, group, -1, 0 if causal else -1, 0)
         self._is_folded = num_heads_k == 1 == seq_len_q  # q and out have the kernel's shape already
         self._lse_shape = (batch_size, num_heads_q, seq_len_q)
 
@@ -92,6 +95,7 @@ class DecodePlan:
                     softmax_lse,
                     workspace.out_accum,
                     workspace.lse_accum_log2,
+                    self._no_sink,
                     *self._scalars,
                 )
         if self._is_folded:

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tilemla.costs import select_schedule_costs
 from tilemla.launch import metadata_kernel_for, num_sms_of
 from tilemla.validate import METADATA_FIELDS, check_cache_seqlens, check_int
 
 # Rows of a query tile in the formula below, whatever tile a kernel uses.
 _SCHEDULING_BLOCK_M = 64
+_NO_WINDOW = -1
 
 
 class ScheduleConfig(NamedTuple):
@@ -88,7 +90,9 @@ def make_schedule(
         return idle, torch.zeros(1, dtype=torch.int32, device=device)
     tile_scheduler_metadata = torch.empty((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
     num_splits = torch.empty(batch_size + 1, dtype=torch.int32, device=device)
-    metadata_kernel_for(device)(cache_seqlens, tile_scheduler_metadata, num_splits, tokens_per_head_k)
+    costs = select_schedule_costs(tokens_per_head_k)
+    # Without a window, how many queries there are does not matter.
+    metadata_kernel_for(device)(cache_seqlens, tile_scheduler_metadata, num_splits, *costs, 1, _NO_WINDOW)
     return tile_scheduler_metadata, num_splits
 
 

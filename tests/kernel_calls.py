@@ -65,10 +65,14 @@ def decode(inputs: Inputs, *, causal=False, softmax_scale=None, num_sm_parts=8) 
         lse,
         poisoned(max_num_splits, num_heads_k, rows, HEAD_DIM_V),
         poisoned(max_num_splits, num_heads_k, rows),
+        torch.zeros((num_heads_k, num_heads_q // num_heads_k), device=q.device),
         max(scale * math.log2(math.e), 2.0**-126),  # the API's floor
+        math.log(2.0),
         seq_len_q,
         num_heads_q // num_heads_k,
-        int(causal),
+        -1,
+        0 if causal else -1,
+        0,
     )
     lse = unfold_heads(lse[..., None], seq_len_q)[..., 0].transpose(1, 2)
     return Result(unfold_heads(out, seq_len_q), lse, num_splits)

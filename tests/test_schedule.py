@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tilemla
 from reference import check_schedule
 from schedules import BLOCK_N, spread_schedule, walk
+from tilemla.costs import select_schedule_costs
 from tilemla.launch import metadata_kernel_for
 
 PAYLOADS = 16
@@ -27,7 +28,7 @@ def make_schedule(lengths, num_sm_parts, device, rows=64):
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
     num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
-    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits, rows)
+    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits, *select_schedule_costs(rows), 1, -1)
     return metadata.cpu().numpy(), num_splits.cpu().numpy()
 
 

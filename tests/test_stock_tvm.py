@@ -1,5 +1,6 @@
 """Stock Apache TVM, in a process of its own, loads a generated CPU module and gets the same numbers."""
 
+import math
 import os
 import subprocess
 import sys
@@ -28,10 +29,11 @@ IN_STOCK_TVM = """
     module = tvm.runtime.load_module(library)
     tensors = {name: tvm.runtime.tensor(value) for name, value in np.load(arguments).items()}
     schedule = [tensors[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")]
-    module["get_mla_metadata"](*schedule, 3)
+    module["get_mla_metadata"](*schedule, 1, 16, 1, 1, -1)
     names = ("q", "kcache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits", "out",
-             "softmax_lse", "out_accum", "lse_accum_log2")
-    module["mla_decode"](*(tensors[name] for name in names), 576**-0.5 * 1.4426950408889634, 1, 3, 0)
+             "softmax_lse", "out_accum", "lse_accum_log2", "attn_sink")
+    scalars = (576**-0.5 * 1.4426950408889634, 0.6931471805599453, 1, 3, -1, -1, 0)
+    module["mla_decode"](*(tensors[name] for name in names), *scalars)
     np.savez(results, **{name: tensors[name].numpy() for name in ("out", "softmax_lse", "num_splits")})
     assert "tilelang" not in sys.modules
 """
@@ -54,6 +56,7 @@ def make_arguments():
         softmax_lse=torch.full((b, h_k, rows), torch.nan),
         out_accum=torch.full((max_splits, h_k, rows, 512), torch.nan),
         lse_accum_log2=torch.full((max_splits, h_k, rows), torch.nan),
+        attn_sink=torch.full((h_k, rows), torch.nan),
     )
 
 
@@ -76,9 +79,9 @@ def test_stock_tvm_gets_the_same_numbers(tmp_path):
 
     module = open_module(entry)
     module.get_mla_metadata(
-        *(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")), 3
+        *(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")), 1, 16, 1, 1, -1
     )
-    module.mla_decode(*arguments.values(), SCALE_LOG2, 1, 3, 0)
+    module.mla_decode(*arguments.values(), SCALE_LOG2, math.log(2.0), 1, 3, -1, -1, 0)
     results = np.load(tmp_path / "results.npz")
     for name in ("out", "softmax_lse", "num_splits"):
         np.testing.assert_array_equal(results[name], arguments[name].numpy())

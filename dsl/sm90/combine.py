@@ -34,8 +34,8 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
     Returns
     -------
     macro
-        ``combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes)``; ``sizes`` holds ``batch_size``,
-        ``num_heads_k`` and ``rows`` as expressions. A request that was not split is left alone.
+        ``combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes)``; ``sizes`` holds
+        ``batch_size``, ``num_heads_k`` and ``rows`` as expressions. A request that was not split is left alone.
     """
 
     def make_merge_row(vectors: int) -> Any:
@@ -84,7 +84,7 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
                         i * _VECTOR + v
                     ] * inverse_sum(weight_sum)
             if (lane == 0) & (column == 0):
-                t.softmax_lse[request, head, row] = final_lse(weight_sum, most)
+                t.softmax_lse[request, head, row] = final_lse(weight_sum, most, t.lse_scale)
 
         return merge_row
 
@@ -93,7 +93,7 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
     merge_row_by_cta = make_merge_row(per_lane // _WARPS)
 
     @T.macro
-    def combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes):
+    def combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes):
         rows_per_cta = T.if_then_else(sizes.batch_size * sizes.num_heads_k * sizes.rows < _FULL_GRID, 1, _WARPS)
         with T.Kernel(
             sizes.batch_size, sizes.num_heads_k, T.ceildiv(sizes.rows, rows_per_cta), threads=_WARPS * _LANES
@@ -105,7 +105,11 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
                 first = num_splits[request]
                 count = count_splits(num_splits, request)
                 t = SimpleNamespace(
-                    out_accum=out_accum, lse_accum_log2=lse_accum_log2, out=out, softmax_lse=softmax_lse
+                    out_accum=out_accum,
+                    lse_accum_log2=lse_accum_log2,
+                    out=out,
+                    softmax_lse=softmax_lse,
+                    lse_scale=lse_scale,
                 )
                 if rows_per_cta == 1:
                     merge_row_by_cta(t, request, head, row_block, warp * (head_dim_v // _WARPS), first, count)

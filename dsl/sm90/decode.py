@@ -67,7 +67,7 @@ def make_decode_program(spec) -> Program:
     num_sm_parts, len_num_splits, max_num_splits = T.dynamic("num_sm_parts, len_num_splits, max_num_splits")
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
-    table_stride_b = T.dynamic("table_stride_b")
+    table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     score_warpgroup = make_score_warpgroup(dtype, block_n, head_dim_qk, head_dim_v)
     output_warpgroup = make_output_warpgroup(block_n, head_dim_qk, head_dim_v)
     combine = make_combine(head_dim_v, accum)
@@ -87,10 +87,14 @@ def make_decode_program(spec) -> Program:
         softmax_lse: T.Tensor((b, h_k, rows), accum),
         out_accum: T.Tensor((max_num_splits, h_k, rows, head_dim_v), accum),
         lse_accum_log2: T.Tensor((max_num_splits, h_k, rows), accum),
+        attn_sink: T.Tensor((h_k, sink_group), accum),
         softmax_scale_log2: T.float32,
+        lse_scale: T.float32,
         seq_len_q: T.int32,
         group_size: T.int32,
-        causal: T.int32,
+        window_left: T.int32,
+        window_right: T.int32,
+        has_sink: T.int32,
     ):
         with T.Kernel(T.ceildiv(rows, ROWS), h_k, num_sm_parts, threads=NUM_THREADS) as (tile_index, head, part_index):
             kv = T.alloc_shared((NUM_STAGES, block_n, head_dim_qk), dtype)
@@ -126,7 +130,8 @@ def make_decode_program(spec) -> Program:
                 out_accum=out_accum,
                 lse_accum_log2=lse_accum_log2,
                 softmax_scale_log2=softmax_scale_log2,
-                causal=causal,
+                lse_scale=lse_scale,
+                window_right=window_right,
                 kv=kv,
                 q_tail=q_tail,
                 alpha=alpha,
@@ -162,6 +167,6 @@ def make_decode_program(spec) -> Program:
                 cursor = T.alloc_local((CURSOR_SIZE,), "int32")
                 output_warpgroup(right, cursor, HALF, RIGHT_BARRIER, t)
 
-        combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, sizes)
+        combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes)
 
     return Program(mla_decode, PASS_CONFIG)

@@ -150,7 +150,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
         # Scores to P in the stage's rope columns, with the step on maximum and sum, and alpha for the accumulators.
         block_max = T.alloc_local((2,), accum)
         alpha = T.alloc_local((2,), accum)
-        if needs_mask(block, block_n, t.cache_seqlens[request], t.seq_len_q, t.causal):
+        if needs_mask(block, block_n, t.cache_seqlens[request], t.seq_len_q, t.window_right):
             for e in T.unroll(SCORES):
                 visible = is_visible(
                     block * block_n + e // 4 * 8 + column + e % 2,
@@ -158,7 +158,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                     t.row0 + row + e % 4 // 2 * 8,
                     t.group_size,
                     t.seq_len_q,
-                    t.causal,
+                    t.window_right,
                 )
                 scores[e] = mask_score(scores[e], visible)
         for half in T.unroll(2):
@@ -191,7 +191,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                 row_sum, running_max
             )
         else:
-            t.softmax_lse[request, t.head, row] = final_lse(row_sum, running_max)
+            t.softmax_lse[request, t.head, row] = final_lse(row_sum, running_max, t.lse_scale)
 
     @T.macro
     def score_warpgroup(t):
