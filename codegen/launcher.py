@@ -1,4 +1,4 @@
-"""Write the host launcher of a module: C++ over TVM-FFI, one exported function per program."""
+"""Write the host launcher of a module: C++ over TVM-FFI, one exported function per program and a second for decode."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tilelang import tvm
 from tilemla.codegen.cpp_expr import free_vars, print_cpp
 from tilemla.codegen.errors import BuildError
 from tilemla.codegen.lower import BufferArg, KernelLaunch, LoweredProgram, ScalarArg, TensorMap
+from tilemla.codegen.unfolded import write_unfolded
 
 tirx = tvm.tirx
 
@@ -60,6 +61,7 @@ def make_launcher(
         parts.append((_HERE / "launcher_cuda.h").read_text(encoding="utf-8"))
     for program in programs:
         parts.append(_ProgramWriter(program, cubins.get(program.name), dtype == "bfloat16", avx2_suffix).write())
+    parts.append(write_unfolded(programs))
     return "\n".join(parts)
 
 
@@ -255,6 +257,9 @@ class _ProgramWriter:
             self.encode(tensor_map)
         # Everything that can be refused is refused before the first launch.
         params = [self.pack_params(index, launch) for index, launch in enumerate(self.program.launches)]
+        if len(self.program.launches) > 1:
+            # What one kernel leaves for the next may lie in memory that the stream's calls share.
+            self.emit("std::lock_guard<std::mutex> in_turn(tilemla::turn_of(stream));")
         for index, launch in enumerate(self.program.launches):
             self.launch_kernel(index, launch, params[index])
 

@@ -220,6 +220,13 @@ TILEMLA_COLD void bad_grid(const char* kernel, const int64_t* grid) {
   __builtin_unreachable();
 }
 
+// Held while the kernels of one call are enqueued, so that another thread's calls on the stream come before or after them.
+static inline std::mutex& turn_of(CUstream stream) {
+  static std::mutex turns[64];  // streams may share one: it is held for microseconds
+  const uintptr_t address = reinterpret_cast<uintptr_t>(stream);
+  return turns[(address >> 4 ^ address >> 10 ^ address >> 16) % 64];
+}
+
 struct Dim3 {
   int64_t x, y, z;
 };

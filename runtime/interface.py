@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilemla.launch import kernels_for
-from tilemla.plan import DecodePlan
+from tilemla.plan import DecodePlan, remember
 from tilemla.schedule import (
     FlashMLASchedMeta,
     ScheduleConfig,
@@ -106,24 +106,14 @@ def flash_mla_with_kvcache(
         )
     # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it
     # refuses is checked again below, where the argument is named in the words of this interface.
-    metadata: Any
-    splits: Any
-    table: Any = block_table
-    lengths: Any = cache_seqlens
+    metadata: Any = tile_scheduler_metadata
+    splits: Any = num_splits
+    config = None
+    if metadata.__class__ is FlashMLASchedMeta and splits is None:
+        metadata, splits, config = metadata.tile_scheduler_metadata, metadata.num_splits, metadata.config
     try:
-        if tile_scheduler_metadata.__class__ is FlashMLASchedMeta and num_splits is None:
-            metadata, splits = tile_scheduler_metadata.tile_scheduler_metadata, tile_scheduler_metadata.num_splits
-            config = tile_scheduler_metadata.config
-        else:
-            metadata, splits, config = tile_scheduler_metadata, num_splits, None
         kind = (
             q.shape,
-            k_cache.shape,
-            table.size(0),
-            table.size(1) > 0,  # not the width itself: callers cut it to the longest request
-            lengths.shape,
-            metadata.shape,
-            splits.shape,
             q.dtype,
             q.device,
             head_dim_v,
@@ -131,16 +121,19 @@ def flash_mla_with_kvcache(
             softmax_scale,
             softmax_scale.__class__,
             causal,
-            config,
+            causal.__class__,
         )
-        plan = _plans.get(kind)
-    except (AttributeError, TypeError, IndexError):  # something is no tensor, has too few dimensions, or is no key
-        kind, plan = None, None
-    if plan is not None and causal.__class__ is bool:
-        try:
-            return plan.run(q, k_cache, table, lengths, metadata, splits)
-        except (TypeError, ValueError, RuntimeError):
-            pass  # what is wrong is found, and said, below
+        plan, planned = _plans[kind]
+    except (AttributeError, TypeError):  # q is no tensor, or something is no key
+        kind = None
+    except KeyError:
+        pass
+    else:
+        if splits is not None and (config is None or config == planned):
+            try:
+                return plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)  # type: ignore[arg-type]
+            except (TypeError, ValueError, RuntimeError):
+                pass  # what is wrong is found, and said, below
     return _check_and_decode(
         q,
         k_cache,
@@ -155,9 +148,9 @@ def flash_mla_with_kvcache(
     )
 
 
-# Calls that were checked, by everything but the tensors' addresses and strides.
-_plans: dict[tuple[Any, ...], DecodePlan] = {}
-_MAX_PLANS = 4096
+# Calls that were checked, each with what a schedule that filled itself in must be for, by what the module cannot tell
+# from the tensors. A call that fits its plan but for the cache's geometry is checked again and takes the plan's place.
+_plans: dict[tuple[Any, ...], tuple[DecodePlan, ScheduleConfig]] = {}
 
 
 def _check_and_decode(
@@ -188,21 +181,21 @@ def _check_and_decode(
     else:
         k_cache = check_tma_layout(k_cache)
         q = _readable_by_tma(q)
+    q = _with_heads_side_by_side(q)
     # The last query sees every token: with one query the mask changes nothing.
     causal = causal and seq_len_q > 1
+    config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, device)
 
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError(f"num_splits must be None beside a FlashMLASchedMeta, got {type(num_splits).__name__}")
         sched_meta = tile_scheduler_metadata
-        config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, device)
         if not sched_meta.have_initialized:
             rows = seq_len_q * (num_heads_q // num_heads_k)
             num_sm_parts = num_sm_parts_for(kernels.num_sms, rows, num_heads_k)
             schedule = make_schedule(cache_seqlens, num_sm_parts, rows)
             sched_meta.tile_scheduler_metadata, sched_meta.num_splits = schedule
             sched_meta.config, sched_meta.have_initialized = config, True
-            kind = None  # it speaks of a schedule that was not there
         elif sched_meta.config != config:
             raise ValueError(
                 "tile_scheduler_metadata must be used for calls like the one that filled it in, "
@@ -222,20 +215,22 @@ def _check_and_decode(
         k_cache = k_cache.new_zeros((1, page_block_size, num_heads_k, head_dim_qk))
     if not block_table.shape[1]:
         block_table = block_table.new_zeros((batch_size, 1))
-    plan = DecodePlan(
-        kernels,
-        q,
-        num_heads_k=num_heads_k,
-        head_dim_v=head_dim_v,
-        num_sm_parts=metadata.shape[0],
-        softmax_scale=softmax_scale,
-        causal=causal,
-    )
+    known = _plans.get(kind) if kind is not None else None
+    if known is not None and known[1] == config and metadata.shape[0] <= known[0].num_sm_parts:
+        plan, _ = known
+    else:
+        plan = DecodePlan(
+            kernels,
+            q,
+            num_heads_k=num_heads_k,
+            head_dim_v=head_dim_v,
+            num_sm_parts=metadata.shape[0],
+            softmax_scale=softmax_scale,
+            causal=causal,
+        )
     result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)
-    if kind is not None and not on_cpu and not has_empty:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[kind] = plan
+    if kind is not None and not (on_cpu or has_empty or plan.copies):
+        remember(_plans, kind, (plan, config))
     return result
 
 
@@ -245,6 +240,15 @@ def _readable_by_tma(q: torch.Tensor) -> torch.Tensor:
     misaligned = batch_stride | query_stride | head_stride | (q.data_ptr() // q.element_size())
     if misaligned % TMA_ALIGNMENT_ELEMENTS or not (batch_stride and query_stride and head_stride):
         return q.clone(memory_format=torch.contiguous_format)
+    return q
+
+
+def _with_heads_side_by_side(q: torch.Tensor) -> torch.Tensor:
+    """Return queries whose heads can be folded by strides: as they are, or a copy."""
+    _, seq_len_q, num_heads_q, _ = q.shape
+    _, query_stride, head_stride, _ = q.stride()
+    if seq_len_q > 1 and num_heads_q > 1 and query_stride != num_heads_q * head_stride:
+        return q.contiguous()
     return q
 
 

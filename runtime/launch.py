@@ -21,6 +21,7 @@ class Kernels(NamedTuple):
     spec: KernelSpec
     num_sms: int
     mla_decode: Callable[..., None]
+    mla_decode_unfolded: Callable[..., None]
     get_mla_metadata: Callable[..., None]
 
 
@@ -73,7 +74,9 @@ def kernels_for(
         )
         _refuse_capture(device, "flash_mla_with_kvcache")
         module = load_module(spec)
-        kernels = Kernels(spec, num_sms_of(device), module.mla_decode, module.get_mla_metadata)
+        kernels = Kernels(
+            spec, num_sms_of(device), module.mla_decode, module.mla_decode_unfolded, module.get_mla_metadata
+        )
         _kernels[key] = kernels
     return kernels
 

@@ -16,7 +16,7 @@ from tilemla.manifest import Manifest, ManifestError, manifest_path
 from tilemla.progress import show_progress
 from tilemla.spec import KernelSpec
 from tilemla.store import (
-    PROGRAMS,
+    EXPORTS,
     Entry,
     Location,
     cache_store,
@@ -42,6 +42,7 @@ class LoadedModule(NamedTuple):
     library: Path
     get_mla_metadata: Callable[..., None]
     mla_decode: Callable[..., None]
+    mla_decode_unfolded: Callable[..., None]
 
 
 _loaded: dict[KernelSpec, LoadedModule] = {}
@@ -197,7 +198,7 @@ def open_module(entry: Entry) -> LoadedModule:
     import tvm_ffi
 
     module = tvm_ffi.load_module(str(entry.library))
-    return LoadedModule(entry.manifest, entry.library, *(module.get_function(name) for name in PROGRAMS))
+    return LoadedModule(entry.manifest, entry.library, *(module.get_function(name) for name in EXPORTS))
 
 
 def loaded_specs() -> tuple[KernelSpec, ...]:

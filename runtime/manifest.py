@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Raise it when the layout of a manifest or the parameters of an exported function change: a module that was built ahead
-# by another version is then refused instead of being called with the wrong arguments.
-MANIFEST_FORMAT = 4
+# Raise it when the layout of a manifest, the exported functions or their parameters change: a module that was built
+# ahead by another version is then refused instead of being called with the wrong arguments.
+MANIFEST_FORMAT = 5
 
 
 class ManifestError(ValueError):

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import torch
 
+from tilemla.allocate import allocator_for, contiguous_strides
 from tilemla.launch import Kernels
-from tilemla.workspace import take_workspace
+from tilemla.streams import current_device
+from tilemla.workspace import Scratch
 
 _LOG2E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 _FLOAT32_TINY = 2.0**-126  # the smallest normal number
 
+MAX_PLANS = 4096
+_Kind = TypeVar("_Kind")
+_Plan = TypeVar("_Plan")
 
-def _template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One element that looks like a tensor: ``empty_like`` of it takes half the time of ``empty`` with a shape."""
-    return torch.empty(1, dtype=dtype, device=device).expand(shape)
+
+def remember(plans: dict[_Kind, _Plan], kind: _Kind, plan: _Plan) -> None:
+    """Keep a plan for calls of a kind. When there are too many kinds all are forgotten, and those in use come back."""
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[kind] = plan
 
 
 class DecodePlan:
@@ -34,7 +43,31 @@ class DecodePlan:
         Factor of the scores; ``head_dim_qk ** -0.5`` by default.
     causal : bool
         Whether query i sees only the first ``cache_seqlens - seq_len_q + i + 1`` tokens.
+
+    Attributes
+    ----------
+    copies : bool
+        Whether strides cannot fold the heads, so that queries and results are copied: with several KV heads and
+        several queries. The module then does not see the tensors of the call, and leaves them unchecked.
+    num_sm_parts : int
+        The largest schedule that there is room for.
     """
+
+    __slots__ = (
+        "_decode",
+        "_dtype",
+        "_empty",
+        "_index",
+        "_kernels",
+        "_lse_shape",
+        "_lse_strides",
+        "_out_shape",
+        "_out_strides",
+        "_rest",
+        "_scratch",
+        "copies",
+        "num_sm_parts",
+    )
 
     def __init__(
         self,
@@ -47,21 +80,30 @@ class DecodePlan:
         softmax_scale: float | None,
         causal: bool,
     ) -> None:
+        import tvm_ffi
+
         batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
         group = num_heads_q // num_heads_k
         rows = seq_len_q * group
-        self._mla_decode = kernels.mla_decode
-        self._out = _template((batch_size, num_heads_k, rows, head_dim_v), q.dtype, q.device)
-        self._softmax_lse = _template((batch_size, num_heads_k, rows), torch.float32, q.device)
-        self._workspace = (q.device, batch_size + num_sm_parts, num_heads_k, rows, head_dim_v)
+        self.num_sm_parts = num_sm_parts
+        self._dtype = q.dtype
+        self._index: int | None = q.device.index if q.device.type == "cuda" else None
+        self._empty = allocator_for(q.device)
+        self._out_shape = (batch_size, seq_len_q, num_heads_q, head_dim_v)
+        self._out_strides = contiguous_strides(self._out_shape)
+        # A query's heads lie side by side, as upstream.
+        self._lse_shape = (batch_size, num_heads_q, seq_len_q)
+        self._lse_strides = (num_heads_q * seq_len_q, 1, num_heads_q if seq_len_q > 1 else 1)
+        self._scratch = Scratch(kernels.spec, q.device, batch_size + num_sm_parts, num_heads_k, rows, head_dim_v)
         scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
         # A scale of 0 still has to leave a masked score at -inf; times this, every finite score is 0 in float32.
         scale_log2 = max(scale * _LOG2E, _FLOAT32_TINY)
-        # An attention sink that is not there, and two windows without an end on the left; causal ends at the query.
-        self._no_sink = torch.zeros((num_heads_k, 1), dtype=torch.float32, device=q.device)
-        self._scalars = (scale_log2, _LN_2, seq_len_q, group, -1, 0 if causal else -1, 0)
-        self._is_folded = num_heads_k == 1 == seq_len_q  # q and out have the kernel's shape already
-        self._lse_shape = (batch_size, num_heads_q, seq_len_q)
+        # An attention sink that is not there, and windows without an end on the left; causal ends at the query.
+        no_sink = tvm_ffi.from_dlpack(torch.empty((num_heads_k, 1), dtype=torch.float32, device=q.device))
+        self._rest = (no_sink, scale_log2, _LN_2, seq_len_q, group, -1, 0 if causal else -1, 0)
+        self.copies = num_heads_k > 1 and seq_len_q > 1
+        self._decode = self._decode_copies if self.copies else kernels.mla_decode_unfolded
+        self._kernels = kernels
 
     def run(
         self,
@@ -72,58 +114,66 @@ class DecodePlan:
         tile_scheduler_metadata: torch.Tensor,
         num_splits: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Enqueue the kernels on the current stream and return ``out`` and ``softmax_lse``.
+        """Enqueue the kernels on the current stream of the tensors' device and return ``out`` and ``softmax_lse``.
 
         Raises
         ------
         TypeError, ValueError
             On a tensor that the module cannot take; then nothing was enqueued.
         """
-        out = torch.empty_like(self._out, memory_format=torch.contiguous_format)
-        softmax_lse = torch.empty_like(self._softmax_lse, memory_format=torch.contiguous_format)
-        if self._lse_shape[0]:  # no kernel runs for an empty batch
-            workspace = take_workspace(*self._workspace)
-            with workspace.lock:
-                self._mla_decode(
-                    q if self._is_folded else self._fold_heads(q),
-                    k_cache,
-                    block_table,
-                    cache_seqlens,
-                    tile_scheduler_metadata,
-                    num_splits,
-                    out,
-                    softmax_lse,
-                    workspace.out_accum,
-                    workspace.lse_accum_log2,
-                    self._no_sink,
-                    *self._scalars,
-                )
-        if self._is_folded:
-            return out, softmax_lse.view(self._lse_shape)
-        return self._unfold_heads(out), self._unfold_lse(softmax_lse)
+        index = self._index
+        if index is not None and current_device() != index:
+            with torch.cuda.device(index):
+                return self.run(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
+        out = self._empty(self._out_shape, self._out_strides, self._dtype)
+        softmax_lse = self._empty(self._lse_shape, self._lse_strides, torch.float32)
+        if self._out_shape[0]:  # no kernel runs for an empty batch
+            workspace = self._scratch.take()
+            self._decode(
+                q,
+                k_cache,
+                block_table,
+                cache_seqlens,
+                tile_scheduler_metadata,
+                num_splits,
+                out,
+                softmax_lse,
+                workspace.out_accum,
+                workspace.lse_accum_log2,
+                *self._rest,
+            )
+        return out, softmax_lse
 
-    def _fold_heads(self, q: torch.Tensor) -> torch.Tensor:
-        """Bring queries to (batch_size, num_heads_k, seq_len_q * group, head_dim_qk), by view where possible."""
-        batch_size, seq_len_q, _, head_dim_qk = q.shape
-        num_heads_k, rows = self._softmax_lse.shape[1:]
-        if num_heads_k > 1:
-            q = q.view(batch_size, seq_len_q, num_heads_k, rows // seq_len_q, head_dim_qk).transpose(1, 2)
-        return q.reshape(batch_size, num_heads_k, rows, head_dim_qk)
-
-    def _unfold_heads(self, out: torch.Tensor) -> torch.Tensor:
-        """Bring (batch_size, num_heads_k, seq_len_q * group, head_dim_v) to (batch_size, seq_len_q, num_heads_q, …)."""
-        batch_size, num_heads_q, seq_len_q = self._lse_shape
-        _, num_heads_k, rows, head_dim_v = out.shape
-        if num_heads_k == 1:
-            return out.view(batch_size, seq_len_q, num_heads_q, head_dim_v)
-        out = out.view(batch_size, num_heads_k, seq_len_q, rows // seq_len_q, head_dim_v).transpose(1, 2)
-        return out.reshape(batch_size, seq_len_q, num_heads_q, head_dim_v).contiguous()
-
-    def _unfold_lse(self, softmax_lse: torch.Tensor) -> torch.Tensor:
-        """Bring (batch_size, num_heads_k, seq_len_q * group) to (batch_size, num_heads_q, seq_len_q)."""
-        batch_size, num_heads_q, seq_len_q = self._lse_shape
-        if seq_len_q == 1:
-            return softmax_lse.view(batch_size, num_heads_q, 1)
-        num_heads_k, rows = softmax_lse.shape[1:]
-        softmax_lse = softmax_lse.view(batch_size, num_heads_k, seq_len_q, rows // seq_len_q).transpose(2, 3)
-        return softmax_lse.reshape(batch_size, num_heads_q, seq_len_q)
+    def _decode_copies(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        tile_scheduler_metadata: torch.Tensor,
+        num_splits: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        *rest: Any,
+    ) -> None:
+        """What ``mla_decode_unfolded`` does, with q, out and softmax_lse brought to the kernel's shapes and back."""
+        batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
+        num_heads_k, head_dim_v = k_cache.shape[2], out.shape[3]
+        split = (batch_size, seq_len_q, num_heads_k, num_heads_q // num_heads_k)
+        folded = (batch_size, num_heads_k, seq_len_q * split[3])
+        folded_out = out.new_empty((*folded, head_dim_v))
+        folded_lse = softmax_lse.new_empty(folded)
+        self._kernels.mla_decode(
+            q.reshape(*split, head_dim_qk).transpose(1, 2).reshape(*folded, head_dim_qk),
+            k_cache,
+            block_table,
+            cache_seqlens,
+            tile_scheduler_metadata,
+            num_splits,
+            folded_out,
+            folded_lse,
+            *rest,
+        )
+        by_query = (batch_size, num_heads_k, seq_len_q, split[3])
+        out.view(*split, head_dim_v).copy_(folded_out.view(*by_query, head_dim_v).transpose(1, 2))
+        softmax_lse.transpose(1, 2).view(split).copy_(folded_lse.view(by_query).transpose(1, 2))

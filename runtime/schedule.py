@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tilemla.allocate import allocator_for
 from tilemla.costs import select_schedule_costs
 from tilemla.launch import metadata_kernel_for, num_sms_of
+from tilemla.plan import remember
+from tilemla.streams import current_device
 from tilemla.validate import METADATA_FIELDS, check_cache_seqlens, check_int
 
 # Rows of a query tile in the formula below, whatever tile a kernel uses.
 _SCHEDULING_BLOCK_M = 64
+_METADATA_STRIDES = (METADATA_FIELDS, 1)
 _NO_WINDOW = -1
 
 
@@ -61,6 +65,47 @@ def num_sm_parts_for(num_sms: int, tokens_per_head_k: int, num_heads_k: int) -> 
     return max(num_sms // num_heads_k // -(-tokens_per_head_k // _SCHEDULING_BLOCK_M), 1)
 
 
+class SchedulePlan:
+    """What the schedules of calls of a kind share.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the lengths are.
+    batch_size, num_sm_parts : int
+        Requests, at least one, and parts to spread them over.
+    tokens_per_head_k : int
+        Rows of queries that share a KV head: what cutting a request costs depends on them.
+    """
+
+    __slots__ = ("_arguments", "_empty", "_index", "_metadata_shape", "_schedule", "_splits_shape")
+
+    def __init__(self, device: torch.device, batch_size: int, num_sm_parts: int, tokens_per_head_k: int) -> None:
+        self._index = device.index if device.type == "cuda" else None
+        self._empty = allocator_for(device)
+        self._schedule = metadata_kernel_for(device)
+        self._metadata_shape = (num_sm_parts, METADATA_FIELDS)
+        self._splits_shape = (batch_size + 1,)
+        # Without a window, how many queries there are does not matter.
+        self._arguments = (*select_schedule_costs(tokens_per_head_k), 1, _NO_WINDOW)
+
+    def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enqueue the scheduler on the current stream of the tensor's device; returns as ``make_schedule``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            On a tensor that the module cannot take; then nothing was enqueued.
+        """
+        if self._index is not None and current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.run(cache_seqlens)
+        tile_scheduler_metadata = self._empty(self._metadata_shape, _METADATA_STRIDES, torch.int32)
+        num_splits = self._empty(self._splits_shape, (1,), torch.int32)
+        self._schedule(cache_seqlens, tile_scheduler_metadata, num_splits, *self._arguments)
+        return tile_scheduler_metadata, num_splits
+
+
 def make_schedule(
     cache_seqlens: torch.Tensor, num_sm_parts: int, tokens_per_head_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,12 +133,7 @@ def make_schedule(
         idle = torch.zeros((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
         idle[:, 1] = -1
         return idle, torch.zeros(1, dtype=torch.int32, device=device)
-    tile_scheduler_metadata = torch.empty((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
-    num_splits = torch.empty(batch_size + 1, dtype=torch.int32, device=device)
-    costs = select_schedule_costs(tokens_per_head_k)
-    # Without a window, how many queries there are does not matter.
-    metadata_kernel_for(device)(cache_seqlens, tile_scheduler_metadata, num_splits, *costs, 1, _NO_WINDOW)
-    return tile_scheduler_metadata, num_splits
+    return SchedulePlan(device, batch_size, num_sm_parts, tokens_per_head_k).run(cache_seqlens)
 
 
 def get_mla_metadata(
@@ -146,10 +186,35 @@ def get_mla_metadata(
         raise NotImplementedError(f"topk must be None: there is no sparse kernel, got {topk!r}")
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return FlashMLASchedMeta(), None
+    # A call like one that was checked before; what the module refuses is checked again below, and named in the words of
+    # this interface.
+    lengths: Any = cache_seqlens
+    try:
+        kind = (
+            lengths.shape,
+            lengths.device,
+            num_q_tokens_per_head_k,
+            num_q_tokens_per_head_k.__class__,
+            num_heads_k,
+            num_heads_k.__class__,
+            num_heads_q,
+            num_heads_q.__class__,
+        )
+        return _plans[kind].run(lengths)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        pass
     lengths = check_cache_seqlens(cache_seqlens)
     tokens_per_head_k = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
     heads_k = check_int("num_heads_k", num_heads_k, 1)
     if num_heads_q is not None:
         check_int("num_heads_q", num_heads_q, 1)
-    num_sm_parts = num_sm_parts_for(num_sms_of(lengths.device), tokens_per_head_k, heads_k)
-    return make_schedule(lengths, num_sm_parts, tokens_per_head_k)
+    device, batch_size = lengths.device, lengths.shape[0]
+    num_sm_parts = num_sm_parts_for(num_sms_of(device), tokens_per_head_k, heads_k)
+    schedule = make_schedule(lengths, num_sm_parts, tokens_per_head_k)
+    if batch_size and device.type == "cuda":
+        remember(_plans, kind, SchedulePlan(device, batch_size, num_sm_parts, tokens_per_head_k))
+    return schedule
+
+
+# What the calls with arguments that were checked came to. A CPU's lengths are checked each time.
+_plans: dict[tuple[Any, ...], SchedulePlan] = {}

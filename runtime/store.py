@@ -20,7 +20,9 @@ from tilemla.fingerprint import store_name, store_pattern, why_not_generated
 from tilemla.manifest import Manifest, ManifestError, manifest_path, read_manifest, verify_library
 from tilemla.spec import ARCHS, KernelSpec
 
+# The programs of a module, and the functions that it exports: its programs, and a second way into one of them.
 PROGRAMS = ("get_mla_metadata", "mla_decode")
+EXPORTS = (*PROGRAMS, "mla_decode_unfolded")
 ENTRY_PREFIX = "mla_decode_"
 
 

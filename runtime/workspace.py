@@ -1,15 +1,17 @@
 """Scratch memory of decode calls on a GPU: kept for each stream, taken anew while a CUDA graph is captured.
 
-Calls on one stream run one after the other, so they can share it. A graph that is being captured gets memory from its
-own pool, which eager calls never see: it may be replayed on any stream, at any time.
+Calls on one stream run one after the other, so they can share it; the module sees to it that their kernels do not mix.
+A graph that is being captured gets memory from its own pool, which eager calls never see: it may be replayed on any
+stream, at any time.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Hashable
 
 import torch
+
+from tilemla.streams import is_capturing, raw_stream
 
 # The number of splits is rounded up to this, so that a batch that grows by one request does not allocate.
 _SPLITS_STEP = 128
@@ -29,60 +31,68 @@ class Workspace:
 
     Attributes
     ----------
-    out_accum : Tensor, (max_num_splits, num_heads_k, rows, head_dim_v), float32
-    lse_accum_log2 : Tensor, (max_num_splits, num_heads_k, rows), float32
-    lock : threading.Lock
-        Held while the kernels of one call are enqueued: another thread's must not come between them.
+    out_accum : tvm_ffi.Tensor, (max_num_splits, num_heads_k, rows, head_dim_v), float32
+        Made by torch, and converted once instead of in each call.
+    lse_accum_log2 : tvm_ffi.Tensor, (max_num_splits, num_heads_k, rows), float32
     """
 
-    __slots__ = ("lock", "lse_accum_log2", "max_num_splits", "out_accum")
+    __slots__ = ("lse_accum_log2", "max_num_splits", "out_accum")
 
     def __init__(self, device: torch.device, max_num_splits: int, num_heads_k: int, rows: int, head_dim_v: int) -> None:
+        import tvm_ffi
+
         shape = (max_num_splits, num_heads_k, rows)
         self.max_num_splits = max_num_splits
-        self.out_accum = torch.empty((*shape, head_dim_v), dtype=torch.float32, device=device)
-        self.lse_accum_log2 = torch.empty(shape, dtype=torch.float32, device=device)
-        self.lock = threading.Lock()
+        self.out_accum = tvm_ffi.from_dlpack(torch.empty((*shape, head_dim_v), dtype=torch.float32, device=device))
+        self.lse_accum_log2 = tvm_ffi.from_dlpack(torch.empty(shape, dtype=torch.float32, device=device))
 
 
-# By device index, stream handle, KV heads, rows and head dim.
-_workspaces: dict[tuple[int, int, int, int, int], Workspace] = {}
+# By what shares them, then by stream handle. The inner dictionaries are emptied but never replaced: plans hold them.
+_workspaces: dict[Hashable, dict[int, Workspace]] = {}
 
 
-def _current_stream(device_index: int) -> int:
-    return torch.cuda.current_stream(device_index).cuda_stream
-
-
-# What torch's generated code calls: the public function builds an object, for several microseconds.
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
-
-
-def _is_capturing(device_index: int) -> bool:
-    if torch.cuda.current_device() == device_index:
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device_index):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def take_workspace(
-    device: torch.device, max_num_splits: int, num_heads_k: int, rows: int, head_dim_v: int
-) -> Workspace:
-    """Scratch memory for one call on the current stream of ``device``, with room for at least that many splits.
+class Scratch:
+    """Where one kind of call takes its workspace from.
 
     Parameters
     ----------
-    device, max_num_splits, num_heads_k, rows, head_dim_v
+    owner : Hashable
+        What enqueues the kernels: calls of different modules do not wait for each other, so they share nothing.
+    device, num_heads_k, rows, head_dim_v
         As for ``Workspace``. A CPU's is made anew each time: there is no stream to order calls by.
+    max_num_splits : int
+        Splits that there must be room for.
     """
-    index = device.index
-    if index is None or _is_capturing(index):
-        return Workspace(device, max_num_splits, num_heads_k, rows, head_dim_v)
-    key = (index, _raw_stream(index), num_heads_k, rows, head_dim_v)
-    workspace = _workspaces.get(key)
-    if workspace is None or workspace.max_num_splits < max_num_splits:
-        rounded = -(-max_num_splits // _SPLITS_STEP) * _SPLITS_STEP
-        workspace = _workspaces[key] = Workspace(device, rounded, num_heads_k, rows, head_dim_v)
-    return workspace
+
+    __slots__ = ("_by_stream", "_device", "_geometry", "_index", "max_num_splits")
+
+    def __init__(
+        self,
+        owner: Hashable,
+        device: torch.device,
+        max_num_splits: int,
+        num_heads_k: int,
+        rows: int,
+        head_dim_v: int,
+    ) -> None:
+        self.max_num_splits = max_num_splits
+        self._device = device
+        self._index: int | None = device.index if device.type == "cuda" else None
+        self._geometry = (num_heads_k, rows, head_dim_v)
+        self._by_stream: dict[int, Workspace] = {}
+        if self._index is not None:
+            self._by_stream = _workspaces.setdefault((owner, device, *self._geometry), self._by_stream)
+
+    def take(self) -> Workspace:
+        """Memory for one call on the current stream of the device, which must be the current one."""
+        if self._index is None or is_capturing():
+            return Workspace(self._device, self.max_num_splits, *self._geometry)
+        stream = raw_stream(self._index)
+        workspace = self._by_stream.get(stream)
+        if workspace is None or workspace.max_num_splits < self.max_num_splits:
+            rounded = -(-self.max_num_splits // _SPLITS_STEP) * _SPLITS_STEP
+            workspace = self._by_stream[stream] = Workspace(self._device, rounded, *self._geometry)
+        return workspace
 
 
 def release_workspaces() -> None:
@@ -90,4 +100,5 @@ def release_workspaces() -> None:
 
     Safe at any time: the allocator hands memory on in the order of the stream that it was used on.
     """
-    _workspaces.clear()
+    for by_stream in tuple(_workspaces.values()):
+        by_stream.clear()

@@ -1,5 +1,6 @@
 """FlashMLA's calls against float64, and what must hold between calls, on every device of this machine."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,6 +16,7 @@ import tilemla as flash_mla
 from cases import Case, Inputs, make_inputs
 from reference import check_result, reference_of
 from schedules import spread_schedule
+from tilemla import allocate, interface, schedule
 from tilemla.schedule import num_sm_parts_for
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -26,12 +28,24 @@ def spread(num_sm_parts, device):
     return tuple(torch.from_numpy(array).to(device) for array in spread_schedule(MIXED.lengths, num_sm_parts))
 
 
-_empty = torch.empty
+def poisoned(function):
+    def make(*args, **kwargs):
+        tensor = function(*args, **kwargs)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else -12345)
+
+    return make
 
 
-def poisoned_empty(*args, **kwargs):
-    tensor = _empty(*args, **kwargs)
-    return tensor.fill_(math.nan if tensor.is_floating_point() else -12345)
+@contextlib.contextmanager
+def poisoned_memory():
+    """While it lasts, memory that torch hands out is poisoned, and no plan remembers how to get it otherwise."""
+    with contextlib.ExitStack() as stack:
+        for name in ("empty", "empty_strided"):
+            stack.enter_context(mock.patch.object(torch, name, poisoned(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(allocate, "_empty_strided_cuda", None))
+        for module in (interface, schedule):
+            stack.enter_context(mock.patch.object(module, "_plans", {}))
+        yield
 
 
 def decode(case, inputs, schedule=None, **changes):
@@ -39,7 +53,7 @@ def decode(case, inputs, schedule=None, **changes):
     if schedule is None:
         schedule = flash_mla.get_mla_metadata()
     arguments = dict(softmax_scale=case.softmax_scale, causal=case.causal) | changes
-    with mock.patch.object(torch, "empty", poisoned_empty):
+    with poisoned_memory():
         return flash_mla.flash_mla_with_kvcache(
             inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *schedule, **arguments
         )

@@ -9,7 +9,7 @@ import torch
 import tilemla
 from cases import Case, make_inputs
 from reference import check_result, reference_of
-from tilemla import interface, workspace
+from tilemla import allocate, interface, plan, schedule, workspace
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -17,14 +17,22 @@ DEVICE = torch.device("cuda", 0)
 SPLIT = Case((3000, 700), num_heads_q=16)
 CASES = [
     SPLIT,
-    Case((3000, 0, 65), num_heads_q=6, num_heads_k=2, seq_len_q=3),
+    Case((3000, 0, 65), num_heads_q=6, num_heads_k=2),
     Case((900,), num_heads_q=9, seq_len_q=2),
+    Case((100, 7), num_heads_q=1, seq_len_q=3),
 ]
+COPIED = Case((3000, 0, 65), num_heads_q=6, num_heads_k=2, seq_len_q=3)
 
 
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch):
+    """Begin without plans and scratch memory; results start poisoned on the short way too."""
+    fast = allocate.allocator_for(DEVICE)
+    monkeypatch.setattr(
+        allocate, "_empty_strided_cuda", lambda shape, strides, dtype: fast(shape, strides, dtype).fill_(-12345)
+    )
     monkeypatch.setattr(interface, "_plans", {})
+    monkeypatch.setattr(schedule, "_plans", {})
     monkeypatch.setattr(workspace, "_workspaces", {})
 
 
@@ -37,8 +45,13 @@ def only_plans(monkeypatch):
             raise AssertionError("the call took the long way")
 
         monkeypatch.setattr(interface, "_check_and_decode", refuse)
+        monkeypatch.setattr(schedule, "check_cache_seqlens", refuse)
 
     return begin
+
+
+def count_workspaces():
+    return sum(len(by_stream) for by_stream in workspace._workspaces.values())
 
 
 def decode(inputs, schedule=None, **changes):
@@ -94,6 +107,83 @@ def test_narrower_block_table_and_strided_queries(only_plans):
     wide = torch.zeros((2, 1, 16, 2 * 576), dtype=inputs.q.dtype, device=DEVICE)
     wide[..., :576] = inputs.q
     assert torch.equal(decode(inputs, block_table=inputs.block_table[:, :width], q=wide[..., :576])[0], out)
+
+
+def test_heads_that_strides_cannot_fold():
+    """Several KV heads and several queries; queries whose heads lie apart: no plan is kept, or it does not serve."""
+    for _ in range(2):
+        inputs = on_gpu(COPIED)
+        check_result(*decode(inputs), reference_of(inputs, causal=True))
+    assert not interface._plans
+    inputs = on_gpu(CASES[2])
+    out, lse = decode(inputs)
+    for _ in range(2):
+        again, lse_again = decode(inputs, q=inputs.q.transpose(1, 2).contiguous().transpose(1, 2))
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+def test_the_same_address_with_another_shape(only_plans):
+    """Memory is used again: what was seen at an address before says nothing about the next tensor there."""
+    first, second = on_gpu(SPLIT), on_gpu(SPLIT, seed=1)
+    expected = [decode(inputs)[0] for inputs in (first, second)]
+    k_cache = torch.cat([first.k_cache] * 2)
+    only_plans()
+    q = torch.zeros((2, 1, 32, 576), dtype=first.q.dtype, device=DEVICE)
+    shuffle = torch.randperm(len(k_cache), device=DEVICE)
+    for inputs, right in zip((first, second), expected, strict=True):
+        packed, spread = q.view(-1)[: inputs.q.numel()].view(inputs.q.shape), q[:, :, ::2]
+        k_cache[: len(inputs.k_cache)] = inputs.k_cache
+        for view in (packed, spread):
+            view.copy_(inputs.q)
+            for cache in (k_cache, k_cache[: len(inputs.k_cache)]):
+                assert torch.equal(decode(inputs, q=view, k_cache=cache)[0], right)
+        moved = torch.empty_like(k_cache)
+        moved[shuffle] = k_cache
+        table = inputs.block_table.clone()
+        valid = (table >= 0) & (table < len(shuffle))
+        table[valid] = shuffle[table[valid].long()].int()
+        assert torch.equal(decode(inputs, k_cache=moved, block_table=table)[0], right)
+
+
+def test_schedules_are_not_mixed_up(only_plans):
+    """A larger schedule than the plan was made for, one for another batch, and one that is too short."""
+    inputs = on_gpu(SPLIT)
+    metadata, num_splits = tilemla.get_mla_metadata(inputs.cache_seqlens, 16, 1)
+    out, _ = decode(inputs, (metadata, num_splits))
+    idle = torch.zeros_like(metadata)
+    idle[:, 0] = len(SPLIT.lengths)
+    idle[:, 1] = len(SPLIT.lengths) - 1
+    padded = torch.cat([metadata, idle, idle, idle])
+    for _ in range(2):
+        assert torch.equal(decode(inputs, (padded, num_splits))[0], out)
+    with pytest.raises(ValueError, match="num_splits must have at least"):
+        decode(inputs, (metadata, num_splits[:-1]))
+    only_plans()
+    assert torch.equal(decode(inputs, (metadata, torch.cat([num_splits, num_splits])))[0], out)
+
+
+def test_a_schedule_that_filled_itself_in_serves_only_its_kind():
+    inputs = on_gpu(CASES[2])
+    filled = tilemla.get_mla_metadata()
+    decode(inputs, filled)
+    decode(inputs, causal=False)
+    with pytest.raises(ValueError, match="tile_scheduler_metadata must be used for calls like"):
+        decode(inputs, filled, causal=False)
+
+
+def test_metadata_by_the_short_way(only_plans):
+    lengths = torch.tensor([3000, 0, 65], dtype=torch.int32, device=DEVICE)
+    expected = [tilemla.get_mla_metadata(one, 16, 1) for one in (lengths, lengths.flip(0))]
+    with pytest.raises(TypeError, match="cache_seqlens must be int32"):
+        tilemla.get_mla_metadata(lengths.long(), 16, 1)
+    with pytest.raises(ValueError, match="cache_seqlens must be contiguous"):
+        tilemla.get_mla_metadata(lengths.repeat_interleave(2)[::2], 16, 1)
+    with pytest.raises(TypeError, match="num_heads_k must be an int"):
+        tilemla.get_mla_metadata(lengths, 16, 1.0)
+    only_plans()
+    for one, schedule_of in zip((lengths, lengths.flip(0)), expected, strict=True):
+        again = tilemla.get_mla_metadata(one, 16, 1)
+        assert all(torch.equal(a, b) for a, b in zip(again, schedule_of, strict=True))
 
 
 def test_table_without_columns():
@@ -157,15 +247,17 @@ def test_workspaces_are_kept_for_each_stream_and_given_back():
     inputs = on_gpu(SPLIT)
     for _ in range(3):
         decode(inputs)
-    assert len(workspace._workspaces) == 1
+    assert count_workspaces() == 1
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         decode(inputs)
-    assert len(workspace._workspaces) == 2
+    assert count_workspaces() == 2
     torch.cuda.synchronize()
     workspace.release_workspaces()
-    assert not workspace._workspaces
+    assert count_workspaces() == 0
+    decode(inputs)
+    assert count_workspaces() == 1
 
 
 def test_streams_do_not_disturb_each_other():
@@ -176,9 +268,9 @@ def test_streams_do_not_disturb_each_other():
     torch.cuda.synchronize()
     for _ in range(50):
         results = []
-        for one, stream, schedule in zip(inputs, streams, schedules, strict=True):
+        for one, stream, pair in zip(inputs, streams, schedules, strict=True):
             with torch.cuda.stream(stream):
-                results.append(decode(one, schedule)[0])
+                results.append(decode(one, pair)[0])
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
@@ -209,11 +301,11 @@ def test_a_graph_has_memory_of_its_own():
     schedules = [tilemla.get_mla_metadata(one.cache_seqlens, 16, 1) for one in (captured, eager)]
     expected = [decode(one, schedule)[0] for one, schedule in zip((captured, eager), schedules, strict=True)]
     torch.cuda.synchronize()
-    before = dict(workspace._workspaces)
+    before = count_workspaces()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, _ = decode(captured, schedules[0])
-    assert workspace._workspaces == before
+    assert count_workspaces() == before
     side = torch.cuda.Stream()
     for _ in range(50):
         out.fill_(torch.nan)
@@ -226,7 +318,7 @@ def test_a_graph_has_memory_of_its_own():
 
 
 def test_plans_are_not_kept_without_bound(monkeypatch):
-    monkeypatch.setattr(interface, "_MAX_PLANS", 2)
+    monkeypatch.setattr(plan, "MAX_PLANS", 2)
     for batch_size in (1, 2, 3, 4):
         decode(on_gpu(Case((100,) * batch_size, num_heads_q=4)))
-        assert len(interface._plans) <= 2
+        assert len(interface._plans) <= 2 and len(schedule._plans) <= 2
