@@ -6,8 +6,9 @@ it: the arguments and their shapes, the tensor maps to encode and the kernels to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tilelang
@@ -21,7 +22,9 @@ ARCH_TARGETS: dict[str, dict[str, str]] = {
     "sm_90a": {"kind": "cuda", "arch": "sm_90a"},
     "cpu": {"kind": "c"},
 }
-COMPILER_ONLY_OPTIONS = frozenset({"tl.ptxas_register_usage_level", "tilemla.ptxas_flags"})
+COMPILER_ONLY_OPTIONS = frozenset(
+    {"tl.ptxas_register_usage_level", "tilemla.ptxas_flags", "tilemla.disable_fence_injection"}
+)
 MAX_SMEM_BYTES = {"sm_90a": 227 * 1024}
 
 _TENSORMAP = "__tvm_tensormap_create_tiled"
@@ -120,8 +123,9 @@ def lower_program(name: str, program: Any, arch: str) -> LoweredProgram:
     config = dict(getattr(program, "pass_config", None) or {})
     lowering_config = {key: value for key, value in config.items() if key not in COMPILER_ONLY_OPTIONS}
     target = tvm.target.Target(ARCH_TARGETS[arch])
+    fences = _without_fence_injection() if config.get("tilemla.disable_fence_injection") else contextlib.nullcontext()
     try:
-        with tvm.transform.PassContext(opt_level=3, config=lowering_config), target:
+        with tvm.transform.PassContext(opt_level=3, config=lowering_config), target, fences:
             artifact = tilelang.lower(program.func, target=target)
     except Exception as error:
         raise BuildError(f"{name}: TileLang cannot lower this program for {arch}: {error}") from error
@@ -142,6 +146,22 @@ def lower_program(name: str, program: Any, arch: str) -> LoweredProgram:
         fast_math=bool(config.get("tl.enable_fast_math", False)),
         ptxas_flags=_ptxas_flags(config),
     )
+
+
+@contextlib.contextmanager
+def _without_fence_injection() -> Iterator[None]:
+    """Leave out TileLang's pass that puts a proxy fence before whatever the async proxy reads or writes.
+
+    It has no option of its own. It cannot see that a warpgroup which wrote a tile has fenced it before it arrived at the
+    barrier, and has every reader fence once more: each of them waits for all memory accesses of its thread.
+    """
+    transform = tilelang.cuda.transform
+    injection = transform.InjectFenceProxy
+    transform.InjectFenceProxy = lambda: tvm.transform.module_pass(lambda mod, _: mod, opt_level=0)
+    try:
+        yield
+    finally:
+        transform.InjectFenceProxy = injection
 
 
 def _ptxas_flags(config: Mapping[str, Any]) -> tuple[str, ...]:
