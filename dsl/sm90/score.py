@@ -148,7 +148,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
     @T.macro
     def soften(scores, running_max, row_sum, request, block, stage, row, column, t):
         # Scores to P in the stage's rope columns, with the step on maximum and sum, and alpha for the accumulators.
-        block_max = T.alloc_local((2,), accum)
+        block_max = T.alloc_local((4,), accum)
         alpha = T.alloc_local((2,), accum)
         if needs_mask(block, block_n, t.cache_seqlens[request], t.seq_len_q, t.window_right):
             for e in T.unroll(SCORES):
@@ -161,10 +161,13 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                     t.window_right,
                 )
                 scores[e] = mask_score(scores[e], visible)
+        # Two chains a row: one is bound by its latency.
+        for chain in T.unroll(4):
+            block_max[chain] = T.max(scores[chain * 2], scores[chain * 2 + 1])
+        for e in T.unroll(SCORES - 8):
+            block_max[e % 8 // 2] = T.max(block_max[e % 8 // 2], scores[8 + e])
         for half in T.unroll(2):
-            block_max[half] = T.max(scores[half * 2], scores[half * 2 + 1])
-        for e in T.unroll(SCORES - 4):
-            block_max[e % 4 // 2] = T.max(block_max[e % 4 // 2], scores[4 + e])
+            block_max[half] = T.max(block_max[half], block_max[half + 2])
         for half in T.unroll(2):
             block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 1))
         for half in T.unroll(2):
