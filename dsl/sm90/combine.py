@@ -43,6 +43,18 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
         ahead = _LOADS_AHEAD // vectors  # splits
 
         @T.macro
+        def load_splits(partial, t, head, row, column, first, begin, count):
+            # As many splits from `begin` on as are under way at once, without waiting for them.
+            lane = T.get_thread_binding() % _LANES
+            for u in T.unroll(ahead):
+                if begin + u < count:
+                    for i in T.unroll(vectors):
+                        for v in T.vectorized(_VECTOR):
+                            partial[u, i * _VECTOR + v] = t.out_accum[
+                                first + begin + u, head, row, column + (i * _LANES + lane) * _VECTOR + v
+                            ]
+
+        @T.macro
         def merge_row(t, request, head, row, column, first, count):
             lane = T.get_thread_binding() % _LANES
             partial = T.alloc_local((ahead, vectors * _VECTOR), accum)
@@ -52,31 +64,24 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
             weight_sum = T.alloc_var(accum, init=0)
             for i in T.unroll(vectors * _VECTOR):
                 merged[i] = 0
-            for k in T.serial(T.ceildiv(count, _LANES)):
-                if k * _LANES + lane < count:
-                    most = advance_max(most, t.lse_accum_log2[first + k * _LANES + lane, head, row])
-            most = T.warp_reduce_max(most)
-            for k in T.serial(T.ceildiv(count, _LANES)):
-                weight = 0
-                if k * _LANES + lane < count:
-                    weight = split_weight(t.lse_accum_log2[first + k * _LANES + lane, head, row], most)
-                weight_sum += weight
-                for m in T.serial(T.ceildiv(T.min(count - k * _LANES, _LANES), ahead)):
-                    for u in T.unroll(ahead):
-                        if k * _LANES + m * ahead + u < count:
-                            for i in T.unroll(vectors):
-                                for v in T.vectorized(_VECTOR):
-                                    partial[u, i * _VECTOR + v] = t.out_accum[
-                                        first + k * _LANES + m * ahead + u,
-                                        head,
-                                        row,
-                                        column + (i * _LANES + lane) * _VECTOR + v,
-                                    ]
-                    for u in T.unroll(ahead):
-                        share = T.alloc_var(accum, init=T.shfl_sync(weight, m * ahead + u))
-                        if k * _LANES + m * ahead + u < count:
-                            for i in T.unroll(vectors * _VECTOR):
-                                merged[i] += partial[u, i] * share
+            for group in T.serial(T.ceildiv(count, ahead)):
+                load_splits(partial, t, head, row, column, first, group * ahead, count)
+                # Weights while the first partials are on their way.
+                if group == 0:
+                    for k in T.serial(T.ceildiv(count, _LANES)):
+                        if k * _LANES + lane < count:
+                            most = advance_max(most, t.lse_accum_log2[first + k * _LANES + lane, head, row])
+                    most = T.warp_reduce_max(most)
+                if group % (_LANES // ahead) == 0:
+                    weight = 0
+                    if group * ahead + lane < count:
+                        weight = split_weight(t.lse_accum_log2[first + group * ahead + lane, head, row], most)
+                    weight_sum += weight
+                for u in T.unroll(ahead):
+                    share = T.alloc_var(accum, init=T.shfl_sync(weight, group % (_LANES // ahead) * ahead + u))
+                    if group * ahead + u < count:
+                        for i in T.unroll(vectors * _VECTOR):
+                            merged[i] += partial[u, i] * share
             weight_sum = T.warp_reduce_sum(weight_sum)
             for i in T.unroll(vectors):
                 for v in T.vectorized(_VECTOR):
