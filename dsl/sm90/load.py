@@ -6,7 +6,7 @@ import tilelang.language as T
 
 from tilemla.dsl.attention import page_index
 from tilemla.dsl.schedule import end_block, first_block
-from tilemla.dsl.sm90.tile import NUM_THIRDS, ROWS, arrive_warp
+from tilemla.dsl.sm90.tile import NUM_THIRDS, ROWS, arrive_warp, assume_stage
 
 # The load cursor, a local int32 buffer: the next item to load. BLOCK is -1 when that is a Q tile; PAGE is read one item
 # ahead, so that the latency of the block table is hidden.
@@ -64,6 +64,7 @@ def make_loader(block_n: int, head_dim_qk: int) -> tuple[Any, Any]:
 
     @T.macro
     def load(stage, parity, cursor, t):
+        assume_stage(stage)
         if cursor[REQUEST] <= t.part.end_request_inclusive:
             T.barrier_wait(t.empty[stage], parity)
             if cursor[BLOCK] < 0:

@@ -14,6 +14,7 @@ from tilemla.dsl.sm90.tile import (
     ROWS,
     WARPGROUP,
     arrive_warp,
+    assume_stage,
     next_turn,
     phase_of,
     stage_of,
@@ -50,7 +51,8 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
             T.sync_threads(barrier_id, WARPGROUP)
 
     @T.macro
-    def write_tile(acc, request, is_empty, stage, column, barrier_id, t):
+    def write_tile(acc, request, stage, column, barrier_id, t):
+        assume_stage(stage)
         # Read here and not at the start, the coordinates keep ptxas from holding addresses in registers all along.
         row0 = T.alloc_var("int32", init=t.tile[0])
         head = T.alloc_var("int32", init=t.tile[1])
@@ -59,10 +61,6 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
             for i, j in T.Parallel(ROWS, HALF):
                 if row0 + i < t.rows:
                     t.out_accum[slot, head, row0 + i, column + j] = acc[i, j]
-        elif is_empty:
-            for i in T.serial(T.min(ROWS, t.rows - row0)):
-                for j in T.Parallel(HALF):
-                    t.out[request, head, row0 + i, column + j] = 0
         else:
             # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
             T.copy(acc, t.kv[stage, :, column : column + HALF])
@@ -75,6 +73,14 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
                     leader_scope_threads=32,
                 )
                 T.tma_store_wait(0)
+        T.sync_threads(barrier_id, WARPGROUP)
+
+    @T.macro
+    def write_empty(request, column, t):
+        # No block was there to read: nothing is in the accumulator, and no stage is free.
+        for i in T.serial(T.min(ROWS, t.rows - t.tile[0])):
+            for j in T.Parallel(HALF):
+                t.out[request, t.tile[1], t.tile[0] + i, column + j] = 0
 
     @T.macro
     def hand_back(stage, turn: T.Ref, cursor, loads, t):
@@ -100,23 +106,25 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             begin = T.alloc_var("int32", init=first_block(t.part, request))
             end = T.alloc_var("int32", init=end_block(t.part, request, t.cache_seqlens[request], block_n))
-            T.fill(acc, 0)
-            if begin < end:
-                q_stage = stage_of(turn)
-                T.barrier_wait(t.p_full[q_stage], phase_of(turn))
-                hand_back(q_stage, turn, cursor, loads, t)
-                turn = next_turn(turn)
-                for block in T.serial(begin, end):
+            if begin >= end:
+                write_empty(request, column, t)
+            else:
+                T.fill(acc, 0)
+                # The item before the first block is the Q tile: the score warpgroup has it now, and its stage is free.
+                for block in T.serial(begin - 1, end):
                     stage = stage_of(turn)
                     T.barrier_wait(t.p_full[stage], phase_of(turn))
-                    if T.any_sync((t.alpha[block % 2, row] != 1.0) | (t.alpha[block % 2, row + 8] != 1.0)) != 0:
-                        for i in T.Parallel(ROWS):
-                            scale[i] = t.alpha[block % 2, i]
-                        scale_rows(acc, scale)
-                    if block == end - 1:
-                        clear_past_end(request, block, stage, column, barrier_id, t)
-                    T.wgmma_gemm(t.kv[stage, :, head_dim_v:head_dim_qk], t.kv[stage, :, column : column + HALF], acc)
-                    T.wait_wgmma(0)
+                    if block >= begin:
+                        if T.any_sync((t.alpha[block % 2, row] != 1.0) | (t.alpha[block % 2, row + 8] != 1.0)) != 0:
+                            for i in T.Parallel(ROWS):
+                                scale[i] = t.alpha[block % 2, i]
+                            scale_rows(acc, scale)
+                        if block == end - 1:
+                            clear_past_end(request, block, stage, column, barrier_id, t)
+                        T.wgmma_gemm(
+                            t.kv[stage, :, head_dim_v:head_dim_qk], t.kv[stage, :, column : column + HALF], acc
+                        )
+                        T.wait_wgmma(0)
                     if block < end - 1:
                         T.sync_warp()
                         hand_back(stage, turn, cursor, loads, t)
@@ -124,10 +132,8 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[i]
                 scale_rows(acc, scale)
-            last_stage = stage_of(turn)
-            write_tile(acc, request, begin >= end, last_stage, column, barrier_id, t)
-            if begin < end:
-                T.sync_threads(barrier_id, WARPGROUP)
+                last_stage = stage_of(turn)
+                write_tile(acc, request, last_stage, column, barrier_id, t)
                 hand_back(last_stage, turn, cursor, loads, t)
                 turn = next_turn(turn)
 

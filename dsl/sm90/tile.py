@@ -56,3 +56,10 @@ def arrive_warp(barriers, index, tx) -> None:
     """One arrival for a warp; the caller has synchronised it with what its other threads did before."""
     if tx % 32 == 0:
         T.barrier_arrive(barriers[index])
+
+
+@T.macro
+def assume_stage(stage) -> None:
+    """Tell the compiler the range of a stage: its arithmetic on addresses then needs no division."""
+    T.assume(stage >= 0)
+    T.assume(stage < NUM_STAGES)
