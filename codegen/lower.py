@@ -152,8 +152,8 @@ def lower_program(name: str, program: Any, arch: str) -> LoweredProgram:
 def _without_fence_injection() -> Iterator[None]:
     """Leave out TileLang's pass that puts a proxy fence before whatever the async proxy reads or writes.
 
-    It has no option of its own. It cannot see that a warpgroup which wrote a tile has fenced it before it arrived at the
-    barrier, and has every reader fence once more: each of them waits for all memory accesses of its thread.
+    It has no option of its own. It cannot see that a warpgroup which wrote a tile has fenced it before it arrived at
+    the barrier, and has every reader fence once more: each waits for all memory accesses of its thread.
     """
     transform = tilelang.cuda.transform
     injection = transform.InjectFenceProxy
