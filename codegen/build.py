@@ -97,7 +97,7 @@ def build_programs(
     programs : mapping of str to Program
         Exported name to program (``func``, ``pass_config``).
     arch : str
-        ``"sm_90a"`` or ``"cpu"``.
+        ``"cpu"`` or a CUDA architecture, see `lower_program`.
     store : str or Path
         The directory that gets the entry; made when missing.
     dtype : str, optional

@@ -11,7 +11,7 @@ from tilelang import tvm
 
 from tilemla.codegen.cpp_expr import free_vars, print_cpp
 from tilemla.codegen.errors import BuildError
-from tilemla.codegen.lower import BufferArg, KernelLaunch, LoweredProgram, ScalarArg, TensorMap
+from tilemla.codegen.lower import MAX_SMEM_BYTES, BufferArg, KernelLaunch, LoweredProgram, ScalarArg, TensorMap
 from tilemla.codegen.unfolded import write_unfolded
 
 tirx = tvm.tirx
@@ -19,7 +19,8 @@ tirx = tvm.tirx
 _HERE = Path(__file__).parent
 _DLPACK_CODES = {"int": "kDLInt", "uint": "kDLUInt", "float": "kDLFloat", "bfloat": "kDLBfloat", "bool": "kDLBool"}
 _C_TYPES = {"int32": "int32_t", "int64": "int64_t", "float32": "float", "float64": "double", "bool": "bool"}
-_SM = {"sm_90a": 90}
+# Architecture-specific code (sm_90a) runs on that compute capability alone, other code on later minor ones too.
+_SM = {arch: int(arch.removeprefix("sm_").removesuffix("a")) for arch in MAX_SMEM_BYTES}
 
 
 def make_launcher(
@@ -55,7 +56,7 @@ def make_launcher(
     arch = programs[0].arch
     parts = [f"// Host launcher of {', '.join(program.name for program in programs)} for {arch}. Generated.\n"]
     if arch in _SM:
-        parts.append(f"#define TILEMLA_SM {_SM[arch]}\n")
+        parts.append(f"#define TILEMLA_SM {_SM[arch]}\n#define TILEMLA_SM_EXACT {int(arch.endswith('a'))}\n")
     parts.append((_HERE / "launcher_common.h").read_text(encoding="utf-8"))
     if arch in _SM:
         parts.append((_HERE / "launcher_cuda.h").read_text(encoding="utf-8"))
@@ -137,10 +138,14 @@ class _ProgramWriter:
 
     def alignment(self, arg: BufferArg) -> int:
         """Alignment of the data: TMA and 16-byte vector accesses need 16 on the GPU, elsewhere an element's own."""
-        item_bytes = max(dlpack_dtype(arg.dtype)[1] // 8, 1)
-        vectorised = isinstance(arg.shape[-1], tirx.IntImm) and int(arg.shape[-1]) * item_bytes % 16 == 0
-        has_map = any(tensor_map.data_name == arg.data_name for tensor_map in self.program.tensor_maps)
-        return 16 if self.cuda and (vectorised or has_map) else item_bytes
+        return 16 if self.cuda and (self.is_vectorised(arg) or self.has_map(arg)) else _item_bytes(arg)
+
+    def is_vectorised(self, arg: BufferArg) -> bool:
+        """Whether a kernel may read rows of the tensor 16 bytes at a time."""
+        return isinstance(arg.shape[-1], tirx.IntImm) and int(arg.shape[-1]) * _item_bytes(arg) % 16 == 0
+
+    def has_map(self, arg: BufferArg) -> bool:
+        return any(tensor_map.data_name == arg.data_name for tensor_map in self.program.tensor_maps)
 
     def take_scalar(self, index: int, arg: ScalarArg) -> None:
         variable = f"s_{_identifier(arg.name)}"
@@ -209,13 +214,17 @@ class _ProgramWriter:
                 )
             else:
                 self.emit(f"{tensor}.expect_device(device);")
+            any_stride = False
             for kind, extents in (("dim", arg.shape), ("stride", arg.strides)):
                 for axis, extent in enumerate(extents):
                     if isinstance(extent, tirx.Var) and self.origins.get(extent.name) == (arg.name, kind, axis):
+                        any_stride |= kind == "stride"
                         continue
                     self.emit(f"{tensor}.expect_{kind}({axis}, {self.cpp(extent)}, {_quote(self.meaning(extent))});")
             if not arg.strides:
                 self.emit(f"{tensor}.expect_compact();")
+            if any_stride and self.cuda and self.is_vectorised(arg) and not self.has_map(arg):  # encoding checks maps
+                self.emit(f"{tensor}.expect_aligned_rows({16 // _item_bytes(arg)});")
 
     # Launches
 
@@ -338,6 +347,10 @@ class _ProgramWriter:
         types = ["void*" if kind == "pointer" else _C_TYPES[kind] for _, kind in launch.args]
         names = [launch.name] + ([f"{launch.name}{self.avx2_suffix}"] if self.avx2_suffix is not None else [])
         return "\n".join(f'extern "C" int32_t {name}({", ".join(types)});' for name in names)
+
+
+def _item_bytes(arg: BufferArg) -> int:
+    return max(dlpack_dtype(arg.dtype)[1] // 8, 1)
 
 
 def _identifier(name: str) -> str:

@@ -123,6 +123,13 @@ TILEMLA_COLD void bad_pointer(Where where, int64_t alignment, const void* receiv
   __builtin_unreachable();
 }
 
+TILEMLA_COLD void bad_stride_alignment(Where where, int64_t multiple, const int64_t* strides, int ndim) {
+  TVM_FFI_THROW(ValueError) << where.program << ": argument " << where.argument
+                            << " must have strides that are multiples of " << multiple << " elements, got strides "
+                            << show(strides, ndim);
+  __builtin_unreachable();
+}
+
 TILEMLA_COLD void bad_range(const char* program, const char* what, int64_t received) {
   TVM_FFI_THROW(ValueError) << program << ": " << what << " must fit into 32 bits, got " << received;
   __builtin_unreachable();
@@ -198,6 +205,14 @@ struct Tensor {
     for (int i = kNdim - 1; i >= 0; --i) {
       expect_stride(i, compact, " (contiguous)");
       compact *= tensor->shape[i];
+    }
+  }
+  // Rows that are read in vectors must begin at multiples of their length; the last stride is 1.
+  void expect_aligned_rows(int64_t multiple) const {
+    for (int i = 0; i + 1 < kNdim; ++i) {
+      if (strides[i] % multiple && tensor->shape[i] > 1 && !empty) {
+        bad_stride_alignment(where, multiple, strides, kNdim);
+      }
     }
   }
   void expect_device(DLDevice device) const {

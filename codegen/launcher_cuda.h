@@ -137,9 +137,13 @@ class Cubin {
                  "cuDeviceGetAttribute");
     driver.check(driver.device_get_attribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device.device),
                  "cuDeviceGetAttribute");
-    if (major * 10 + minor != TILEMLA_SM) {
+    // Machine code runs on its compute capability and, unless it uses what is specific to it, on later minor ones.
+    const bool runs = TILEMLA_SM_EXACT ? major * 10 + minor == TILEMLA_SM
+                                       : major == TILEMLA_SM / 10 && minor >= TILEMLA_SM % 10;
+    if (!runs) {
       TVM_FFI_THROW(NotImplementedError) << "this module is built for compute capability " << TILEMLA_SM / 10 << "."
-                                         << TILEMLA_SM % 10 << ", but cuda:" << id << " has " << major << "." << minor;
+                                         << TILEMLA_SM % 10 << (TILEMLA_SM_EXACT ? "" : " and later minor ones")
+                                         << ", but cuda:" << id << " has " << major << "." << minor;
     }
     driver.check(driver.primary_ctx_retain(&device.primary, device.device), "cuDevicePrimaryCtxRetain");
     ContextGuard guard(driver, device.primary, device.device);

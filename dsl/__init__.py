@@ -39,6 +39,10 @@ def make_programs(spec: KernelSpec) -> dict[str, Program]:
         from tilemla.dsl.decode_cpu import make_decode_program
 
         return {"get_mla_metadata": make_metadata_program_cpu(), "mla_decode": make_decode_program(spec)}
-    from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_sm90
+    if spec.arch == "sm_90a":
+        from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_sm90
 
-    return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_sm90(spec)}
+        return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_sm90(spec)}
+    from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_mma
+
+    return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_mma(spec)}

@@ -13,7 +13,7 @@ from tilemla import flash_mla_with_kvcache, get_mla_metadata
 from tilemla.generate import run_side_by_side
 from tilemla.loader import ensure_module
 from tilemla.progress import show_progress
-from tilemla.spec import SUPPORTED_SPECS, KernelSpec
+from tilemla.spec import KernelSpec, select_specs
 from tilemla.store import Entry
 
 LENGTHS = (1, 63, 64, 700, 0, 4100, 129, 2900)
@@ -131,7 +131,7 @@ def build_all() -> tuple[dict[str, list[Entry]], dict[str, str]]:
             return ensure_module(spec, lambda step: progress.step(spec.name, step)).entry, True
 
         outcomes = run_side_by_side(
-            SUPPORTED_SPECS,
+            select_specs(),
             make,
             on_done=lambda outcome: progress.done(
                 outcome.spec.name, "failed" if outcome.error else f"ready after {outcome.seconds:.1f} s"

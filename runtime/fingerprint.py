@@ -65,7 +65,7 @@ def tool_versions(arch: str) -> dict[str, str]:
     Parameters
     ----------
     arch : str
-        ``"sm_90a"`` or ``"cpu"``.
+        One of ``tilemla.spec.ARCHS``.
 
     Returns
     -------

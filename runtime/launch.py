@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from tilemla.loader import find_module, load_module, loaded_specs
+from tilemla.log import logger
 from tilemla.select import select_spec
-from tilemla.spec import DTYPES, HEAD_DIMS, PAGE_BLOCK_SIZES, KernelSpec
+from tilemla.spec import DTYPES, HEAD_DIMS, PAGE_BLOCK_SIZES, TESTED_ARCHS, KernelSpec
 
 # What a CPU counts as: enough parts that a batch exercises splitting.
 CPU_NUM_SMS = 8
@@ -73,6 +74,8 @@ def kernels_for(
             page_block_size=page_block_size,
         )
         _refuse_capture(device, "flash_mla_with_kvcache")
+        if spec.arch not in TESTED_ARCHS:
+            logger().warning("%s is untested on hardware: compare its results before you rely on them", spec.name)
         module = load_module(spec)
         kernels = Kernels(
             spec, num_sms_of(device), module.mla_decode, module.mla_decode_unfolded, module.get_mla_metadata

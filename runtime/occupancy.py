@@ -41,19 +41,25 @@ class SmLimits:
     smem_bytes_per_unit: int
 
 
-# Compute capability 9.0 in "Technical Specifications per Compute Capability", CUDA C++ Programming Guide; units and
-# partitions as in cuda_occupancy.h of the CUDA toolkit.
+# "Technical Specifications per Compute Capability", CUDA C++ Programming Guide; units and partitions as in
+# cuda_occupancy.h of the CUDA toolkit.
+_SM_90 = SmLimits(
+    registers=65536,
+    registers_per_unit=256,
+    partitions=4,
+    max_warps=64,
+    max_ctas=32,
+    smem_bytes=228 * 1024,
+    smem_reserved_bytes=1024,
+    smem_bytes_per_unit=128,
+)
+_SM_89 = dataclasses.replace(_SM_90, max_warps=48, max_ctas=24, smem_bytes=100 * 1024)
 SM_LIMITS = {
-    "sm_90a": SmLimits(
-        registers=65536,
-        registers_per_unit=256,
-        partitions=4,
-        max_warps=64,
-        max_ctas=32,
-        smem_bytes=233472,
-        smem_reserved_bytes=1024,
-        smem_bytes_per_unit=128,
-    )
+    "sm_90a": _SM_90,
+    "sm_80": dataclasses.replace(_SM_90, smem_bytes=164 * 1024),
+    "sm_89": _SM_89,
+    "sm_100": _SM_90,
+    "sm_120": _SM_89,
 }
 
 

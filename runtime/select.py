@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from tilemla.spec import SUPPORTED_SPECS, KernelSpec
 
+# Machine code runs on its compute capability and on later minor ones of the same major one. 8.6 is missing: code for
+# 8.0 runs there, but its tile wants more shared memory than there is, and code for 8.9 does not run there. So is 8.7,
+# another kind of machine.
+_ARCHS = {
+    (9, 0): "sm_90a",
+    (8, 0): "sm_80",
+    (8, 9): "sm_89",
+    (10, 0): "sm_100",
+    (10, 3): "sm_100",
+    (12, 0): "sm_120",
+    (12, 1): "sm_120",
+}
+
 
 def arch_of(device_type: str, capability: tuple[int, int] | None) -> str | None:
     """The architecture name of a device, or None when no kernel is written for it.
@@ -17,8 +30,8 @@ def arch_of(device_type: str, capability: tuple[int, int] | None) -> str | None:
     """
     if device_type == "cpu":
         return "cpu"
-    if device_type == "cuda" and capability == (9, 0):
-        return "sm_90a"
+    if device_type == "cuda" and capability is not None:
+        return _ARCHS.get(capability)
     return None
 
 
@@ -76,7 +89,8 @@ def select_spec(
         device = f"a {device_type} device"
         if capability is not None:
             device += f" of compute capability {capability[0]}.{capability[1]}"
-        raise NotImplementedError(f"q must be on a CPU or on a GPU of compute capability 9.0 (sm_90a), got {device}")
+        known = ", ".join(f"{major}.{minor} ({arch})" for (major, minor), arch in _ARCHS.items())
+        raise NotImplementedError(f"q must be on a CPU or on a GPU of compute capability {known}, got {device}")
     rejections = []
     for spec in SUPPORTED_SPECS:
         reason = why_rejected(

@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-ARCHS = ("sm_90a", "cpu")
+# Those that results were compared on: what is built unless others are asked for.
+TESTED_ARCHS = ("sm_90a", "cpu")
+ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16")
 KV_FORMATS = ("dense",)
 # (head_dim_qk, head_dim_v); the rope part of a key is the difference.
 HEAD_DIMS = ((576, 512),)
 PAGE_BLOCK_SIZES = (64,)
-# Rows of a query tile: wgmma multiplies 64 rows at a time, a CPU core keeps fewer rows in its cache.
-BLOCK_M = {"sm_90a": 64, "cpu": 16}
+# Rows of a query tile: wgmma multiplies 64 rows at a time, a CPU core keeps fewer rows in its cache, and where tensor
+# cores are fed by ldmatrix alone four warps hold an accumulator of 32 rows.
+BLOCK_M = {"sm_90a": 64, "cpu": 16, "sm_80": 32, "sm_89": 32, "sm_100": 32, "sm_120": 32}
 
 _SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -25,7 +28,7 @@ class KernelSpec:
     Parameters
     ----------
     arch : str
-        ``"sm_90a"`` or ``"cpu"``.
+        ``"sm_90a"``, ``"cpu"``, or another of ``ARCHS``.
     dtype : str
         Of queries, cache and output: ``"bfloat16"`` or ``"float16"``.
     kv_format : str
@@ -149,7 +152,7 @@ def select_specs(
     presets : collection of str
         Keys of ``PRESETS``, whose specs are joined; none takes every supported spec.
     archs, dtypes, kv_formats, head_dims_qk, head_dims_v, page_block_sizes : collection
-        Values of a field to keep; none keeps all.
+        Values of a field to keep; none keeps all, and of the architectures ``TESTED_ARCHS``.
 
     Returns
     -------
@@ -166,7 +169,7 @@ def select_specs(
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     chosen = {spec for preset in presets for spec in PRESETS[preset]} if presets else set(SUPPORTED_SPECS)
     filters = (
-        ("arch", archs),
+        ("arch", archs or TESTED_ARCHS),
         ("dtype", dtypes),
         ("kv_format", kv_formats),
         ("head_dim_qk", head_dims_qk),

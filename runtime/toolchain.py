@@ -17,7 +17,7 @@ from tilemla import env
 from tilemla.errors import ToolchainError
 
 _NO_NVCC = (
-    "no nvcc was found, which sm_90a modules need: set CUDA_HOME to a CUDA toolkit (12.4 or later), put nvcc on PATH, "
+    "no nvcc was found, which GPU modules need: set CUDA_HOME to a CUDA toolkit (12.4 or later), put nvcc on PATH, "
     "or install the wheels nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
 )
 _NO_CXX = "no C++ compiler was found, which every module needs: install g++ or clang++, or set CXX"

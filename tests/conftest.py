@@ -31,7 +31,12 @@ def has_sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="takes long: run with -m slow")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
     if not has_sm90():
         skip = pytest.mark.skip(reason="needs a GPU of compute capability 9.0")
         for item in items:

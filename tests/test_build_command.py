@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from processes import wait_until_gone
 from tilemla import __version__, fingerprint
 from tilemla.cli import main
-from tilemla.spec import DTYPES, PRESETS, SUPPORTED_SPECS, KernelSpec, select_specs
+from tilemla.spec import DTYPES, PRESETS, SUPPORTED_SPECS, TESTED_ARCHS, KernelSpec, select_specs
 
 SPEC = KernelSpec(arch="cpu", dtype="bfloat16")
 OTHER = KernelSpec(arch="cpu", dtype="float16")
@@ -60,7 +60,7 @@ def test_version_and_help():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--arch", "sm_80"], ["sm_80", "sm_90a"]),
+        (["--arch", "sm_70"], ["sm_70", "sm_80", "sm_90a"]),
         (["--preset", "deepseek-v9"], ["deepseek-v9", "deepseek-v3"]),
         (["--head-dim-qk", "575"], ["575", "576"]),
         (["--page-block-size", "7"], ["7", "64"]),
@@ -81,8 +81,9 @@ def test_unknown_command():
 @pytest.mark.parametrize(
     ("arguments", "specs"),
     [
-        ([], SUPPORTED_SPECS),
-        (["--preset", "deepseek-v3"], PRESETS["deepseek-v3"]),
+        ([], [spec for spec in SUPPORTED_SPECS if spec.arch in TESTED_ARCHS]),
+        (["--preset", "deepseek-v3"], [spec for spec in PRESETS["deepseek-v3"] if spec.arch in TESTED_ARCHS]),
+        (["--arch", "sm_120", "--dtype", "float16"], [KernelSpec(arch="sm_120", dtype="float16")]),
         (["--preset", "deepseek-v3", "--arch", "cpu"], [SPEC, OTHER]),
         (["--arch", "cpu", "--arch", "sm_90a", "--dtype", "float16"], select_specs(dtypes=["float16"])),
         (["--head-dim-qk", "576", "--page-block-size", "64", "--arch", "cpu", "--dtype", "bfloat16"], [SPEC]),

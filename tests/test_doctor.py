@@ -22,6 +22,7 @@ CPU_SPECS = [spec for spec in PRESETS["deepseek-v3"] if spec.arch == "cpu"]
 SM90_SPECS = [spec for spec in PRESETS["deepseek-v3"] if spec.arch == "sm_90a"]
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), sms=132, memory_bytes=80 << 30)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), sms=108, memory_bytes=80 << 30)
+T4 = Gpu("Tesla T4", (7, 5), sms=40, memory_bytes=16 << 30)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_machine_that_can_serve(modules):
     status, findings, sections = examine()
     assert status == 0
     assert set(sections.values()) <= {"ok", "note"} and len(sections) == 7
-    for spec in PRESETS["deepseek-v3"]:
+    for spec in (*CPU_SPECS, *SM90_SPECS):
         assert findings[spec.name] == Finding(spec.name, "ok", f"{modules / spec.name} (TILEMLA_MODULE_PATH)")
     assert findings["glibc"].text == host.glibc_version()
     assert findings["torch"].text.startswith(importlib.metadata.version("torch"))
@@ -133,7 +134,7 @@ def test_what_would_be_generated(monkeypatch):
 
 
 def test_gpu_decides_what_is_needed(monkeypatch, tmp_path):
-    with_gpus(monkeypatch, A100, H100, driver="13.0")
+    with_gpus(monkeypatch, T4, H100, driver="13.0")
     monkeypatch.setenv("TILEMLA_MODULE_PATH", str(tmp_path / "modules"))
     for spec in CPU_SPECS:
         make_entry(tmp_path / "modules", spec)
@@ -154,10 +155,20 @@ def test_gpu_decides_what_is_needed(monkeypatch, tmp_path):
 
 
 def test_gpu_without_kernels_leaves_the_cpu(monkeypatch):
-    with_gpus(monkeypatch, A100, driver="13.0")
+    with_gpus(monkeypatch, T4, driver="13.0")
     status, findings, _ = examine()
     assert status == 1
     assert findings[SM90_SPECS[0].name].state == "note" and findings[CPU_SPECS[0].name].state == "problem"
+
+
+def test_gpu_whose_modules_are_untested(monkeypatch):
+    with_gpus(monkeypatch, A100, driver="13.0")
+    status, findings, _ = examine()
+    assert status == 1 and findings["GPU 0"].text.endswith("sm_80 modules, which are untested on hardware")
+    wanted = [spec for spec in PRESETS["deepseek-v3"] if spec.arch == "sm_80"]
+    assert wanted and all(findings[spec.name].state != "ok" for spec in wanted)
+    assert findings[SM90_SPECS[0].name].text == "missing, and not needed here"
+    assert not any("sm_120" in topic for topic in findings if topic.startswith("mla_decode"))
 
 
 def test_gpu_that_is_asked_for_and_missing(modules):

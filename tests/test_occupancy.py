@@ -35,8 +35,8 @@ def test_occupancy(kernel, ctas, warps, limited_by):
 
 
 def test_occupancy_of_what_is_not_known():
-    with pytest.raises(ValueError, match="arch must be one of sm_90a, got 'sm_80'"):
-        occupancy_of(kernel_of(32, 16), "sm_80")
+    with pytest.raises(ValueError, match="arch must be one of sm_90a, .*, got 'sm_70'"):
+        occupancy_of(kernel_of(32, 16), "sm_70")
     with pytest.raises(ValueError, match="kernel: threads must be 1 or more, got 0"):
         occupancy_of(kernel_of(0, 16), "sm_90a")
 
@@ -47,15 +47,16 @@ NVIDIA_CALCULATOR = r"""
 
 int main() {
   cudaOccDeviceProp device;
-  device.computeMajor = 9;
-  device.computeMinor = 0;
+  int smem_kb;
+  // compute capability, threads and shared memory (KiB) of a multiprocessor
+  if (scanf("%d %d %d %d", &device.computeMajor, &device.computeMinor, &device.maxThreadsPerMultiprocessor,
+            &smem_kb) != 4) return 1;
   device.maxThreadsPerBlock = 1024;
-  device.maxThreadsPerMultiprocessor = 2048;
   device.regsPerBlock = device.regsPerMultiprocessor = 65536;
   device.warpSize = 32;
   device.sharedMemPerBlock = 49152;
-  device.sharedMemPerBlockOptin = 232448;
-  device.sharedMemPerMultiprocessor = 233472;
+  device.sharedMemPerBlockOptin = (smem_kb - 1) * 1024;
+  device.sharedMemPerMultiprocessor = smem_kb * 1024;
   device.reservedSharedMemPerBlock = 1024;
   device.numSms = 132;
   cudaOccDeviceState state;
@@ -66,7 +67,7 @@ int main() {
     kernel.maxThreadsPerBlock = 1024;
     kernel.numRegs = registers;
     kernel.sharedSizeBytes = smem_static;
-    kernel.maxDynamicSharedSizeBytes = 232448;
+    kernel.maxDynamicSharedSizeBytes = device.sharedMemPerBlockOptin;
     kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
     kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
     cudaOccResult result;
@@ -75,6 +76,16 @@ int main() {
   }
 }
 """
+
+
+# Threads and KiB of shared memory of a multiprocessor: "Technical Specifications per Compute Capability".
+DEVICES = {
+    "sm_80": (8, 0, 2048, 164),
+    "sm_89": (8, 9, 1536, 100),
+    "sm_90a": (9, 0, 2048, 228),
+    "sm_100": (10, 0, 2048, 228),
+    "sm_120": (12, 0, 1536, 100),
+}
 
 
 def test_occupancy_is_what_nvidia_computes(tmp_path, seed):
@@ -89,22 +100,24 @@ def test_occupancy_is_what_nvidia_computes(tmp_path, seed):
     includes = [f"-I{folder}" for folder in folders]
     subprocess.run([find_cxx(), *includes, "calculator.cc", "-o", "calculator"], cwd=tmp_path, check=True)
     numbers = random.Random(seed)
-    kernels = [
-        kernel_of(
-            numbers.choice((1, 32, 64, 96, 128, 160, 256, 288, 384, 512, 1024, numbers.randint(1, 1024))),
-            numbers.randint(1, 255),
-            numbers.choice((0, 16, numbers.randint(0, 49152))),
-            numbers.choice((0, numbers.randint(0, 183296))),
-        )
-        for _ in range(5000)
-    ]
-    fields = [(each.threads, each.registers, each.smem_static_bytes, each.smem_dynamic_bytes) for each in kernels]
-    given = "".join(" ".join(map(str, row)) + "\n" for row in fields)
-    done = subprocess.run([tmp_path / "calculator"], input=given, capture_output=True, text=True, check=True)
     flags = {"warps": 1, "registers": 2, "shared memory": 4, "CTAs": 8}
-    for kernel, line in zip(kernels, done.stdout.splitlines(), strict=True):
-        found = occupancy_of(kernel, "sm_90a")
-        assert line == f"{found.ctas_per_sm} {sum(flags[name] for name in found.limited_by)}", kernel
+    for arch, device in DEVICES.items():
+        kernels = [
+            kernel_of(
+                numbers.choice((1, 32, 64, 96, 128, 160, 256, 288, 384, 512, 1024, numbers.randint(1, 1024))),
+                numbers.randint(1, 255),
+                numbers.choice((0, 16, numbers.randint(0, 49152))),
+                numbers.choice((0, numbers.randint(0, (device[-1] - 49) * 1024))),
+            )
+            for _ in range(2000)
+        ]
+        fields = [(each.threads, each.registers, each.smem_static_bytes, each.smem_dynamic_bytes) for each in kernels]
+        given = "".join(" ".join(map(str, row)) + "\n" for row in (device, *fields))
+        done = subprocess.run([tmp_path / "calculator"], input=given, capture_output=True, text=True, check=True)
+        for kernel, line in zip(kernels, done.stdout.splitlines(), strict=True):
+            found = occupancy_of(kernel, arch)
+            limiting = sum(flags[name] for name in found.limited_by)
+            assert line == f"{found.ctas_per_sm} {limiting}", (arch, kernel)
 
 
 def test_every_gpu_architecture_has_limits():

@@ -163,8 +163,8 @@ def test_device_without_kernels(arguments):
         tilemla.flash_mla_with_kvcache(**arguments)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
-def test_gpu_that_is_not_sm90(capability):
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (8, 7), (11, 0)])
+def test_gpu_without_kernels(capability):
     with pytest.raises(NotImplementedError, match=rf"got a cuda device of compute capability {capability[0]}\."):
         select_spec(
             device_type="cuda",
@@ -176,12 +176,15 @@ def test_gpu_that_is_not_sm90(capability):
         )
 
 
+CAPABILITIES = {"cpu": None, "sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100": (10, 3), "sm_120": (12, 1)}
+
+
 @pytest.mark.parametrize("spec", SUPPORTED_SPECS, ids=lambda spec: spec.name)
 def test_every_spec_is_selected_by_its_own_arguments(spec):
-    on_gpu = spec.arch == "sm_90a"
+    capability = CAPABILITIES[spec.arch]
     chosen = select_spec(
-        device_type="cuda" if on_gpu else "cpu",
-        capability=(9, 0) if on_gpu else None,
+        device_type="cuda" if capability else "cpu",
+        capability=capability,
         dtype=spec.dtype,
         head_dim_qk=spec.head_dim_qk,
         head_dim_v=spec.head_dim_v,

@@ -21,7 +21,7 @@ _LOADS_AHEAD = 16
 _FULL_GRID = 4096  # rows from which on a row gets a warp, not a CTA
 
 
-def make_combine(head_dim_v: int, accum: str) -> Any:
+def make_combine(head_dim_v: int, accum: str, *, early: bool) -> Any:
     """Make the macro that opens the combine kernel.
 
     Parameters
@@ -30,6 +30,8 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
         Columns of a row.
     accum : str
         dtype of the partial results.
+    early : bool
+        Whether the kernel is launched under the tail of the decode kernel and waits for its end itself.
 
     Returns
     -------
@@ -105,7 +107,8 @@ def make_combine(head_dim_v: int, accum: str) -> Any:
         ) as (request, head, row_block):
             # Not split, nothing to wait for: num_splits is older than the decode kernel.
             if needs_combine(num_splits, request):
-                T.pdl_sync()
+                if early:
+                    T.pdl_sync()
                 warp = T.get_thread_binding() // _LANES
                 first = num_splits[request]
                 count = count_splits(num_splits, request)

@@ -71,7 +71,7 @@ def make_decode_program(spec) -> Program:
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     score_warpgroup = make_score_warpgroup(dtype, block_n, head_dim_qk, head_dim_v)
     output_warpgroup = make_output_warpgroup(block_n, head_dim_qk, head_dim_v)
-    combine = make_combine(head_dim_v, accum)
+    combine = make_combine(head_dim_v, accum, early=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func

@@ -28,7 +28,7 @@ def _repeatable(option: str, name: str, values: Sequence[object], what: str) -> 
 @_repeatable(
     "--preset", "presets", list(PRESETS), "Modules of a model. Default: all that there are; what follows narrows it"
 )
-@_repeatable("--arch", "archs", ARCHS, "Only this architecture")
+@_repeatable("--arch", "archs", ARCHS, "This architecture. Default: sm_90a and cpu")
 @_repeatable("--dtype", "dtypes", DTYPES, "Only this dtype")
 @_repeatable("--kv-format", "kv_formats", KV_FORMATS, "Only this layout of the cache")
 @_repeatable("--head-dim-qk", "head_dims_qk", _HEAD_DIMS_QK, "Only this head dim of queries and keys")

@@ -16,7 +16,7 @@ from tilemla.cli.output import make_console
 from tilemla.cli.probes import Finding, State
 from tilemla.host import Gpu
 from tilemla.select import arch_of
-from tilemla.spec import ARCHS, DTYPES, PRESETS, select_specs
+from tilemla.spec import ARCHS, DTYPES, PRESETS, TESTED_ARCHS, select_specs
 
 _STATES: tuple[State, ...] = ("ok", "note", "problem")
 _STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -97,10 +97,10 @@ def examine(preset: str, archs: Sequence[str] = (), dtypes: Sequence[str] = ()) 
     list of Section
         In the order in which to read them. The preset can be served when none is a problem.
     """
-    specs = select_specs(presets=(preset,), archs=archs, dtypes=dtypes)
     gpus: list[Gpu] = []
     hardware = _section("GPUs and driver", functools.partial(probes.probe_gpus, gpus))
     gpu_archs = {arch for gpu in gpus if (arch := arch_of("cuda", gpu.capability))}
+    specs = select_specs(presets=(preset,), archs=archs or {*TESTED_ARCHS, *gpu_archs}, dtypes=dtypes)
     needed = set(archs) or gpu_archs or {"cpu"}
     options = f"--preset {preset} --arch {{arch}}" + "".join(f" --dtype {dtype}" for dtype in dtypes)
     return [

@@ -130,7 +130,7 @@ def _read(path: Path) -> Manifest:
         raise click.ClickException(f"damaged module: {error}") from error
     if manifest.spec.get("arch") not in ARCHS:
         raise click.ClickException(
-            f"damaged module: {path}: expected a spec for {' or '.join(ARCHS)}, got {manifest.spec}"
+            f"damaged module: {path}: expected a spec for one of {', '.join(ARCHS)}, got {manifest.spec}"
         )
     return manifest
 

@@ -16,7 +16,7 @@ from tilemla import __version__, env, host
 from tilemla.cli.output import format_size, tree_size
 from tilemla.errors import ModuleNotBuiltError, ToolchainError
 from tilemla.select import arch_of
-from tilemla.spec import ARCHS, PRESETS, KernelSpec
+from tilemla.spec import ARCHS, PRESETS, TESTED_ARCHS, KernelSpec
 
 State = Literal["ok", "note", "problem"]
 # A set of modules is some MB, and generating one needs room for what the compilers leave meanwhile.
@@ -123,6 +123,7 @@ def probe_gpus(gpus: list[host.Gpu]) -> Iterator[Finding]:
         capability = ".".join(map(str, gpu.capability))
         text = f"{gpu.name}, compute capability {capability}, {gpu.sms} SMs, {format_size(gpu.memory_bytes)}: "
         text += f"{arch} modules" if arch else "there are no kernels for it, tensors there are refused"
+        text += "" if arch is None or arch in TESTED_ARCHS else ", which are untested on hardware"
         yield Finding(f"GPU {index}", "ok" if arch else "note", text)
 
 
@@ -143,10 +144,10 @@ def probe_compilers() -> Iterator[Finding]:
     except ToolchainError as error:
         mend = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
         yield Finding("nvcc", "note", str(error), mend)
-    for arch in ARCHS:
-        reason = why_cannot_generate(arch)
+    for archs in ([arch for arch in ARCHS if arch != "cpu"], ["cpu"]):
+        reason = why_cannot_generate(archs[0])
         text = "possible" if reason is None else f"not possible: {reason}"
-        yield Finding(f"generating for {arch}", "ok" if reason is None else "note", text)
+        yield Finding(f"generating for {', '.join(archs)}", "ok" if reason is None else "note", text)
 
 
 def probe_libraries() -> Iterator[Finding]:
