@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import tvm_ffi
 
 from cases import Case, make_inputs
 from kernel_calls import decode
@@ -15,6 +14,7 @@ from tilemla.codegen.build import build_module, build_programs
 from tilemla.codegen.lower import MAX_SMEM_BYTES
 from tilemla.dsl import make_programs
 from tilemla.launch import Kernels, num_sms_of
+from tilemla.loader import open_module
 from tilemla.spec import ARCHS, TESTED_ARCHS, KernelSpec
 
 pytestmark = pytest.mark.skipif(missing_nvcc() is not None, reason=f"needs nvcc: {missing_nvcc()}")
@@ -54,9 +54,7 @@ def test_module(arch, dtype, tmp_path):
     for kernel in (decode_kernel, combine_kernel):
         assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
         assert kernel.registers * kernel.threads <= 65536
-    module = tvm_ffi.load_module(str(entry.library))
-    for program in ("get_mla_metadata", "mla_decode"):
-        assert module.get_function(program) is not None
+    assert all(callable(function) for function in open_module(entry)[2:])
 
 
 @pytest.fixture(scope="module", params=[arch for arch in ARCHS if arch not in TESTED_ARCHS])
@@ -64,9 +62,9 @@ def on_sm90(request, tmp_path_factory):
     """The module of another architecture, its text lowered and compiled for compute capability 9.0."""
     spec = KernelSpec(arch=request.param)
     entry = build_programs(spec.name, make_programs(spec), "sm_90", tmp_path_factory.mktemp("sm_90"))
-    module = tvm_ffi.load_module(str(entry.library))
-    device = torch.device("cuda", 0)
-    return Kernels(spec, num_sms_of(device), module.mla_decode, module.get_mla_metadata)
+    module = open_module(entry)
+    num_sms = num_sms_of(torch.device("cuda", 0))
+    return Kernels(spec, num_sms, module.mla_decode, module.mla_decode_unfolded, module.get_mla_metadata)
 
 
 @pytest.mark.gpu
