@@ -21,7 +21,7 @@ DTYPE ?= bfloat16 float16
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-BENCH_RECORD := tuning_logs/mla_decode_sm_90a_bf16_dense_d576_v512_p64_m64.h100.jsonl
+BENCH_RECORD := tuning_logs/mla_decode_sm_90a_bf16_dense_d576_v512_p64_m64/h100.bench.jsonl
 
 # Modules that are generated on demand, and compilers' own caches, stay in the checkout too.
 export TILEMLA_CACHE_DIR ?= $(CURDIR)/$(CACHE)/tilemla

@@ -1,7 +1,8 @@
-"""``python -m tilemla.codegen SPEC STORE``: generate one module; what the runtime starts as a child process.
+"""``python -m tilemla.codegen SPEC CONFIG STORE``: generate one module; what the runtime starts as a child process.
 
-SPEC is ``KernelSpec.to_dict()`` as JSON, STORE the directory that gets the entry. Steps are printed as they begin,
-after ``tilemla.generate.STEP_PREFIX``; a failure is the last thing printed and exits with 1.
+SPEC and CONFIG are ``KernelSpec.to_dict()`` and ``KernelConfig.to_dict()`` as JSON, STORE the directory that gets the
+entry. Steps are printed as they begin, after ``tilemla.generate.STEP_PREFIX``; a failure is the last thing printed and
+exits with 1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 from pathlib import Path
 
 from tilemla.codegen.errors import BuildError
+from tilemla.config import KernelConfig
 from tilemla.errors import ToolchainError
 from tilemla.generate import STEP_PREFIX
 from tilemla.spec import KernelSpec
@@ -35,16 +37,18 @@ def _end_with_parent() -> None:
 
 def main(arguments: list[str]) -> int:
     """Generate the module; returns the exit status."""
-    if len(arguments) != 2:
+    if len(arguments) != 3:
         print(__doc__, file=sys.stderr)
         return 2
     _end_with_parent()
-    spec, store = KernelSpec.from_dict(json.loads(arguments[0])), Path(arguments[1])
+    spec = KernelSpec.from_dict(json.loads(arguments[0]))
+    config = KernelConfig.from_dict(json.loads(arguments[1]))
+    store = Path(arguments[2])
     print(f"{STEP_PREFIX}loading TileLang", flush=True)
     try:
         from tilemla.codegen.build import build_module
 
-        build_module(spec, store, progress=lambda step: print(f"{STEP_PREFIX}{step}", flush=True))
+        build_module(spec, store, config, lambda step: print(f"{STEP_PREFIX}{step}", flush=True))
     except (BuildError, ToolchainError) as error:
         print(error, flush=True)
         return 1

@@ -19,6 +19,7 @@ from tilemla.codegen.errors import BuildError
 from tilemla.codegen.launcher import make_launcher
 from tilemla.codegen.lower import MAX_SMEM_BYTES, LoweredProgram, lower_program
 from tilemla.codegen.ptxas import check_ptxas, parse_ptxas
+from tilemla.config import DEFAULT_CONFIG, KernelConfig
 from tilemla.fingerprint import source_fingerprint, tool_versions
 from tilemla.manifest import KernelReport, Manifest, Requirements, manifest_path, sha256_of
 from tilemla.spec import KernelSpec
@@ -38,7 +39,12 @@ _AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-Dhalf_float=half_float_avx2", "-Dv
 _NVCC_FLAGS = ("-std=c++20", "-O3", "-w", "-Xcudafe", "--diag_suppress=177")
 
 
-def build_module(spec: KernelSpec, store: str | Path, progress: Callable[[str], None] | None = None) -> Entry:
+def build_module(
+    spec: KernelSpec,
+    store: str | Path,
+    config: KernelConfig = DEFAULT_CONFIG,
+    progress: Callable[[str], None] | None = None,
+) -> Entry:
     """Generate the module of a spec as an entry of a store; replaces one that is there.
 
     Parameters
@@ -47,6 +53,8 @@ def build_module(spec: KernelSpec, store: str | Path, progress: Callable[[str], 
         What to build.
     store : str or Path
         The directory that gets the entry; made when missing.
+    config : KernelConfig
+        What the kernels are tuned by.
     progress : callable, optional
         Told each step in a few words.
 
@@ -58,22 +66,23 @@ def build_module(spec: KernelSpec, store: str | Path, progress: Callable[[str], 
     Raises
     ------
     BuildError
-        On a spec without a program, or a kernel that is not good enough.
+        On a spec or configuration without a program, or a kernel that is not good enough.
     ToolchainError
         When a compiler is missing or fails.
     """
-    reason = spec.why_invalid()
+    reason = spec.why_invalid() or config.why_invalid(spec)
     if reason is not None:
         raise BuildError(f"there is no tile program for {spec.name}: {reason}")
     from tilemla.dsl import make_programs
 
     return build_programs(
         spec.name,
-        make_programs(spec),
+        make_programs(spec, config),
         spec.arch,
         store,
         dtype=spec.dtype,
         spec=spec.to_dict(),
+        config=config.to_dict(),
         progress=progress,
     )
 
@@ -86,6 +95,7 @@ def build_programs(
     *,
     dtype: str | None = None,
     spec: dict[str, Any] | None = None,
+    config: dict[str, int] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Entry:
     """Build a module of any tile programs.
@@ -102,7 +112,7 @@ def build_programs(
         The directory that gets the entry; made when missing.
     dtype : str, optional
         Storage dtype, see `make_launcher`.
-    spec : dict, optional
+    spec, config : dict, optional
         Recorded in the manifest.
     progress : callable, optional
         Told each step in a few words.
@@ -154,6 +164,7 @@ def build_programs(
         manifest = Manifest(
             name=name,
             spec=spec or {},
+            config=config or {},
             library=library,
             sha256=sha256_of(work / library),
             fingerprint=fingerprint,

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tilemla.config import DEFAULT_CONFIG, KernelConfig
+
 if TYPE_CHECKING:
     from tilemla.dsl.program import Program
     from tilemla.spec import KernelSpec
 
 
-def make_programs(spec: KernelSpec) -> dict[str, Program]:
+def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> dict[str, Program]:
     """Make the tile programs of a module.
 
     Parameters
     ----------
     spec : KernelSpec
         What the module is specialised on.
+    config : KernelConfig
+        What it is tuned by.
 
     Returns
     -------
@@ -28,9 +32,9 @@ def make_programs(spec: KernelSpec) -> dict[str, Program]:
     Raises
     ------
     ValueError
-        When there is no tile program for the spec.
+        When there is no tile program for the spec and configuration.
     """
-    reason = spec.why_invalid()
+    reason = spec.why_invalid() or config.why_invalid(spec)
     if reason is not None:
         raise ValueError(f"no tile program for {spec.name}: {reason}")
     from tilemla.dsl.metadata import make_metadata_program_cpu, make_metadata_program_sm90
@@ -42,7 +46,7 @@ def make_programs(spec: KernelSpec) -> dict[str, Program]:
     if spec.arch == "sm_90a":
         from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_sm90
 
-        return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_sm90(spec)}
+        return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_sm90(spec, config)}
     from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_mma
 
-    return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_mma(spec)}
+    return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_mma(spec, config)}

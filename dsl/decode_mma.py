@@ -70,13 +70,15 @@ PASS_CONFIG = {
 }
 
 
-def make_decode_program(spec, tile: Tile | None = None) -> Program:
+def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
     """Make the split-KV decode and combine kernels of a spec.
 
     Parameters
     ----------
     spec : KernelSpec
         Of an architecture in ``TILES``.
+    config : KernelConfig
+        What the combine kernel is tuned by.
     tile : Tile, optional
         Instead of the architecture's own.
 
@@ -97,7 +99,7 @@ def make_decode_program(spec, tile: Tile | None = None) -> Program:
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
-    combine = make_combine(head_dim_v, accum, early=False)
+    combine = make_combine(head_dim_v, accum, config, early=False)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.macro

@@ -5,10 +5,15 @@ Standard library only.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-# Rows of the query tile that the constants below were measured with.
+# Rows of the query tile that costs are measured with.
 _TILE_ROWS = 64
+# The scheduler tries 16 payloads, from the equal share on, and one that is an overhead larger always works. Up to the
+# others its sums stay far below what it takes for "never".
+_MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_EIGHTHS = 15, 1023, 63
 
 
 class ScheduleCosts(NamedTuple):
@@ -28,9 +33,33 @@ class ScheduleCosts(NamedTuple):
     combine_eighths: int
     piece_eighths: int
 
+    def why_invalid(self) -> str | None:
+        """The one validity predicate: None when a schedule can be made so, else why not, with the received value."""
+        limits = (_MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_EIGHTHS)
+        for name, value, most in zip(self._fields, self, limits, strict=True):
+            if not 0 <= value <= most:
+                return f"{name} must be 0 to {most}, got {value}"
+        return None
 
-def select_schedule_costs(rows: int) -> ScheduleCosts:
-    """Choose the costs for a call.
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ScheduleCosts:
+        """Make costs of what ``_asdict`` gave.
+
+        Raises
+        ------
+        ValueError
+            On a field that is missing, unknown or no integer.
+        """
+        if sorted(fields) != sorted(cls._fields):
+            raise ValueError(f"costs must have the fields {', '.join(cls._fields)}, got {', '.join(fields) or 'none'}")
+        for name, value in fields.items():
+            if type(value) is not int:
+                raise ValueError(f"costs field {name} must be int, got {value!r}")
+        return cls(**fields)
+
+
+def formula_costs(rows: int) -> ScheduleCosts:
+    """Costs where none were chosen by measurement.
 
     Parameters
     ----------
@@ -48,3 +77,56 @@ def select_schedule_costs(rows: int) -> ScheduleCosts:
         combine_eighths=8 * (2 + 6 * used // _TILE_ROWS),
         piece_eighths=1 + used // _TILE_ROWS,
     )
+
+
+# The work of a part on a block, and with it what everything else costs in blocks, is set by how full the tile of 64
+# rows is, and by whether several tiles share a stream of KV.
+_ROWS_CLASSES = {"part_tile": _TILE_ROWS // 2, "full_tile": _TILE_ROWS, "many_tiles": None}
+# How deep requests are cut is set by the parts that there are for each, of which these are the least numbers. With
+# many, merging is what is to be weighed, and the more requests share the GPU the dearer it is; with hardly one,
+# whether to cut at all.
+_DEPTH_CLASSES = {"alone": 48, "deep": 8, "some": 2, "whole": 0}
+SHAPE_CLASSES = tuple(f"{rows}/{depth}" for rows, depth in itertools.product(_ROWS_CLASSES, _DEPTH_CLASSES))
+
+
+def shape_class(rows: int, batch_size: int, num_sm_parts: int) -> str:
+    """The class of calls that share costs: what ``get_mla_metadata`` knows in its tuple form, and no lengths.
+
+    Parameters
+    ----------
+    rows : int
+        Rows of queries that share a KV head.
+    batch_size : int
+        Requests, 1 or more.
+    num_sm_parts : int
+        Parts of the schedule.
+
+    Returns
+    -------
+    str
+        One of ``SHAPE_CLASSES``, such as ``"part_tile/deep"``.
+    """
+    filled = next(name for name, most in _ROWS_CLASSES.items() if most is None or rows <= most)
+    depth = next(name for name, least in _DEPTH_CLASSES.items() if num_sm_parts >= least * batch_size)
+    return f"{filled}/{depth}"
+
+
+def select_schedule_costs(
+    rows: int, batch_size: int, num_sm_parts: int, chosen: Mapping[str, ScheduleCosts]
+) -> ScheduleCosts:
+    """Choose the costs for a call.
+
+    Parameters
+    ----------
+    rows, batch_size, num_sm_parts : int
+        As of ``shape_class``.
+    chosen : mapping of str to ScheduleCosts
+        What measurement chose, by class of shapes.
+
+    Returns
+    -------
+    ScheduleCosts
+        Those of the call's class, by the formula where there are none.
+    """
+    costs = chosen.get(shape_class(rows, batch_size, num_sm_parts))
+    return formula_costs(rows) if costs is None else costs

@@ -134,16 +134,16 @@ def build_all() -> tuple[dict[str, list[Entry]], dict[str, str]]:
             select_specs(),
             make,
             on_done=lambda outcome: progress.done(
-                outcome.spec.name, "failed" if outcome.error else f"ready after {outcome.seconds:.1f} s"
+                outcome.item.name, "failed" if outcome.error else f"ready after {outcome.seconds:.1f} s"
             ),
         )
     built: dict[str, list[Entry]] = {}
     problems: dict[str, str] = {}
     for outcome in outcomes:
         if outcome.entry is not None:
-            built.setdefault(outcome.spec.arch, []).append(outcome.entry)
+            built.setdefault(outcome.item.arch, []).append(outcome.entry)
         elif outcome.error is not None:
-            problems[outcome.spec.arch] = outcome.error
+            problems[outcome.item.arch] = outcome.error
     return built, problems
 
 

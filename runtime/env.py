@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 # What `tilemla` reads beside compilers' own variables; `tilemla doctor` shows those that are set.
-NAMES = ("TILEMLA_MODULE_PATH", "TILEMLA_CACHE_DIR", "TILEMLA_BUILD", "TILEMLA_PRELOAD", "TILEMLA_LOG")
+NAMES = (
+    "TILEMLA_MODULE_PATH",
+    "TILEMLA_CACHE_DIR",
+    "TILEMLA_BUILD",
+    "TILEMLA_PRELOAD",
+    "TILEMLA_LOG",
+    "TILEMLA_TUNING_DIR",
+)
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -33,6 +40,12 @@ def cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_path("tilemla"))
+
+
+def tuning_dir() -> Path | None:
+    """``TILEMLA_TUNING_DIR``: where the tables lie that ``tilemla tune`` wrote; unset takes those of the package."""
+    value = os.environ.get("TILEMLA_TUNING_DIR")
+    return Path(value).expanduser().absolute() if value else None
 
 
 def build_allowed() -> bool:

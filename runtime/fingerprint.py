@@ -12,6 +12,8 @@ from pathlib import Path
 from tilemla import __version__, toolchain
 from tilemla.errors import ToolchainError
 from tilemla.manifest import MANIFEST_FORMAT
+from tilemla.spec import SUPPORTED_SPECS
+from tilemla.tuning.chosen import select_config
 
 _SOURCE_SUFFIXES = {".py", ".h", ".json"}
 _GENERATING_PACKAGES = ("tilemla.dsl", "tilemla.codegen")
@@ -36,8 +38,8 @@ def _version(distribution: str) -> str:
 def source_fingerprint() -> str:
     """Hash of the texts that decide what a spec is compiled to and how the result is called.
 
-    Covers the sources of ``tilemla.dsl`` and ``tilemla.codegen``, compiler flags among them, the spec's definition and
-    the manifest's format.
+    Covers the sources of ``tilemla.dsl`` and ``tilemla.codegen``, compiler flags among them, the definitions of spec
+    and configuration, the configurations that were chosen, and the manifest's format.
 
     Returns
     -------
@@ -45,7 +47,9 @@ def source_fingerprint() -> str:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256(f"format {MANIFEST_FORMAT}\n".encode())
-    sources = [("spec", Path(__file__).with_name("spec.py"))]
+    for spec in SUPPORTED_SPECS:
+        digest.update(f"{spec.name} {select_config(spec).to_dict()}\n".encode())
+    sources = [(name, Path(__file__).with_name(f"{name}.py")) for name in ("spec", "config")]
     for package in _GENERATING_PACKAGES:
         folder = _package_folder(package)
         if folder is not None:

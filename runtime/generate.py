@@ -6,6 +6,7 @@ The child is ``python -m tilemla.codegen``. TileLang, TVM and the compilers neve
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,29 +18,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, TypeVar
 
 import filelock
 
 from tilemla import env
+from tilemla.config import KernelConfig
 from tilemla.errors import ModuleBuildError, ModuleNotBuiltError, ToolchainError
 from tilemla.fingerprint import source_fingerprint, tool_versions
 from tilemla.log import logger
 from tilemla.manifest import ManifestError
 from tilemla.spec import KernelSpec
 from tilemla.store import Entry, building_prefix, lock_path, make_private, read_entry, set_aside
+from tilemla.tuning.chosen import select_config
 
 # A line of the child's output that begins so tells the step that begins; all other lines are a compiler's.
 STEP_PREFIX = "tilemla step: "
 _OUTPUT_TAIL_CHARS = 4000
 
 OnStep = Callable[[str], None]
+Item = TypeVar("Item")
 
 
-class Outcome(NamedTuple):
-    """What became of one spec: ``present`` was there and up to date; ``error`` is the compiler's message."""
+@dataclasses.dataclass(frozen=True)
+class Outcome(Generic[Item]):
+    """What became of one module: ``present`` was there and up to date; ``error`` is the compiler's message."""
 
-    spec: KernelSpec
+    item: Item
     state: Literal["built", "present", "failed"]
     seconds: float
     entry: Entry | None
@@ -91,17 +96,19 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 _children = _Children()
 
 
-def is_current(entry: Entry) -> bool:
-    """Whether a module was made from the sources and with the tools that are here."""
+def is_current(entry: Entry, config: KernelConfig) -> bool:
+    """Whether a module was made so, from the sources and with the tools that are here."""
     manifest = entry.manifest
     try:
         tools = tool_versions(manifest.spec["arch"])
     except ToolchainError:
         return False
-    return manifest.fingerprint == source_fingerprint() and manifest.tools == tools
+    return (
+        manifest.config == config.to_dict() and manifest.fingerprint == source_fingerprint() and manifest.tools == tools
+    )
 
 
-def _current_entry(spec: KernelSpec, store: Path) -> Entry | None:
+def _current_entry(spec: KernelSpec, config: KernelConfig, store: Path) -> Entry | None:
     """The module of a spec in a store when it is sound and current; a damaged one is set aside, with a warning."""
     try:
         entry = read_entry(spec, store)
@@ -112,10 +119,12 @@ def _current_entry(spec: KernelSpec, store: Path) -> Entry | None:
             return None  # somebody else was faster
         logger().warning("damaged module set aside as %s and built anew: %s", aside, error)
         return None
-    return entry if entry is not None and is_current(entry) else None
+    return entry if entry is not None and is_current(entry, config) else None
 
 
-def generate_module(spec: KernelSpec, store: Path, on_step: OnStep, *, force: bool = False) -> tuple[Entry, bool]:
+def generate_module(
+    spec: KernelSpec, store: Path, on_step: OnStep, *, config: KernelConfig | None = None, force: bool = False
+) -> tuple[Entry, bool]:
     """Make the module of a spec in a store, unless it is there and current.
 
     Any number of processes may ask at once: one makes it, the others wait and find it.
@@ -128,6 +137,8 @@ def generate_module(spec: KernelSpec, store: Path, on_step: OnStep, *, force: bo
         Where it goes; made when missing.
     on_step : callable
         Told each step in a few words.
+    config : KernelConfig, optional
+        What its kernels are tuned by; the one that was chosen for the spec by default.
     force : bool
         Also make one that is there and current.
 
@@ -143,17 +154,18 @@ def generate_module(spec: KernelSpec, store: Path, on_step: OnStep, *, force: bo
     ModuleNotBuiltError
         When the store cannot be written.
     """
+    config = select_config(spec) if config is None else config
     try:
         make_private(store)
         with _locked(spec, store, on_step):
-            entry = _current_entry(spec, store)
+            entry = _current_entry(spec, config, store)
             if entry is not None and not force:
                 return entry, False
             # Only the holder of the lock builds here: what is left was being built by somebody who was killed.
             for leftover in store.glob(f"{building_prefix(spec.name)}*"):
                 logger().info("removing what a build that was killed left: %s", leftover)
                 shutil.rmtree(leftover, ignore_errors=True)
-            _run_child(spec, store, on_step)
+            _run_child(spec, config, store, on_step)
             return _built_entry(spec, store), True
     except OSError as error:
         raise ModuleNotBuiltError(
@@ -191,10 +203,11 @@ def _built_entry(spec: KernelSpec, store: Path) -> Entry:
     return entry
 
 
-def _run_child(spec: KernelSpec, store: Path, on_step: OnStep) -> None:
+def _run_child(spec: KernelSpec, config: KernelConfig, store: Path, on_step: OnStep) -> None:
     if not sys.executable:
         raise ModuleBuildError(f"cannot generate {spec.name}: this process has no Python interpreter to start")
-    command = [sys.executable, "-m", "tilemla.codegen", json.dumps(spec.to_dict()), str(store.absolute())]
+    words = (json.dumps(spec.to_dict()), json.dumps(config.to_dict()), str(store.absolute()))
+    command = [sys.executable, "-m", "tilemla.codegen", *words]
     on_step("starting")
     output = ""
     try:
@@ -218,18 +231,18 @@ def _run_child(spec: KernelSpec, store: Path, on_step: OnStep) -> None:
 
 
 def run_side_by_side(
-    specs: Sequence[KernelSpec],
-    make: Callable[[KernelSpec], tuple[Entry, bool]],
+    items: Sequence[Item],
+    make: Callable[[Item], tuple[Entry, bool]],
     *,
     jobs: int = 0,
-    on_done: Callable[[Outcome], None] | None = None,
-) -> list[Outcome]:
+    on_done: Callable[[Outcome[Item]], None] | None = None,
+) -> list[Outcome[Item]]:
     """Make several modules at once and keep going past a failure.
 
     Parameters
     ----------
-    specs : sequence of KernelSpec
-        What to make.
+    items : sequence
+        What to make, such as specs.
     make : callable
         Makes one module; returns it and whether it was made now, raises ``ModuleNotBuiltError``.
     jobs : int
@@ -240,26 +253,26 @@ def run_side_by_side(
     Returns
     -------
     list of Outcome
-        One for each spec, in order.
+        One for each item, in order.
     """
 
-    def run(spec: KernelSpec) -> Outcome:
+    def run(item: Item) -> Outcome[Item]:
         began = time.perf_counter()
         try:
-            entry, made = make(spec)
-            outcome = Outcome(spec, "built" if made else "present", time.perf_counter() - began, entry, None)
+            entry, made = make(item)
+            outcome = Outcome(item, "built" if made else "present", time.perf_counter() - began, entry, None)
         except ModuleNotBuiltError as error:
-            outcome = Outcome(spec, "failed", time.perf_counter() - began, None, str(error))
+            outcome = Outcome(item, "failed", time.perf_counter() - began, None, str(error))
         if on_done is not None:
             on_done(outcome)
         return outcome
 
-    if not specs:
+    if not items:
         return []
-    workers = min(jobs or len(os.sched_getaffinity(0)), len(specs))
+    workers = min(jobs or len(os.sched_getaffinity(0)), len(items))
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="tilemla-build") as pool:
         try:
-            return list(pool.map(run, specs))
+            return list(pool.map(run, items))
         except BaseException:  # an interrupt: the threads wait for children that would go on for minutes
             pool.shutdown(wait=False, cancel_futures=True)
             _children.kill_all()

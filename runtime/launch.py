@@ -9,7 +9,7 @@ import torch
 
 from tilemla.loader import find_module, load_module, loaded_specs
 from tilemla.log import logger
-from tilemla.select import select_spec
+from tilemla.select import arch_of, select_spec
 from tilemla.spec import DTYPES, HEAD_DIMS, PAGE_BLOCK_SIZES, TESTED_ARCHS, KernelSpec
 
 # What a CPU counts as: enough parts that a batch exercises splitting.
@@ -40,6 +40,16 @@ def num_sms_of(device: torch.device) -> int:
             count = torch.cuda.get_device_properties(device).multi_processor_count
         _num_sms[device] = count
     return count
+
+
+def gpu_name_of(device: torch.device) -> str:
+    """The name of a CUDA device; ``"cpu"`` for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def arch_of_device(device: torch.device) -> str | None:
+    """The architecture of a device's kernels; None where there are none."""
+    return arch_of(device.type, _capability(device))
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

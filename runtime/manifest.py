@@ -13,7 +13,7 @@ from typing import Any
 
 # Raise it when the layout of a manifest, the exported functions or their parameters change: a module that was built
 # ahead by another version is then refused instead of being called with the wrong arguments.
-MANIFEST_FORMAT = 5
+MANIFEST_FORMAT = 6
 
 
 class ManifestError(ValueError):
@@ -85,6 +85,8 @@ class Manifest:
         The spec's name; the stem of every file of the module.
     spec : dict
         ``KernelSpec.to_dict()`` of the spec that the module serves.
+    config : dict
+        ``KernelConfig.to_dict()`` of what its kernels are tuned by.
     library : str
         File name of the shared library, beside the manifest.
     sha256 : str
@@ -112,6 +114,7 @@ class Manifest:
 
     name: str
     spec: dict[str, Any]
+    config: dict[str, int]
     library: str
     sha256: str
     fingerprint: str

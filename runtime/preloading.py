@@ -68,10 +68,10 @@ def preload_modules(
                 load_entry(spec, there.entry)
         for outcome in outcomes:
             if outcome.entry is None:
-                progress.done(outcome.spec.name, "failed", failed=True)
+                progress.done(outcome.item.name, "failed", failed=True)
             else:
-                load_entry(outcome.spec, outcome.entry)
-                progress.done(outcome.spec.name, f"loaded after {outcome.seconds:.1f} s")
+                load_entry(outcome.item, outcome.entry)
+                progress.done(outcome.item.name, f"loaded after {outcome.seconds:.1f} s")
     failures = [outcome.error for outcome in outcomes if outcome.error is not None]
     if failures:
         raise ModuleNotBuiltError(

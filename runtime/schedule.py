@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from tilemla.allocate import allocator_for
-from tilemla.costs import select_schedule_costs
-from tilemla.launch import metadata_kernel_for, num_sms_of
+from tilemla.costs import ScheduleCosts, select_schedule_costs
+from tilemla.launch import arch_of_device, gpu_name_of, metadata_kernel_for, num_sms_of
 from tilemla.plan import remember
 from tilemla.streams import current_device
+from tilemla.tuning.chosen import chosen_costs
 from tilemla.validate import METADATA_FIELDS, check_cache_seqlens, check_int
 
 # Rows of a query tile in the formula below, whatever tile a kernel uses.
@@ -65,6 +68,20 @@ def num_sm_parts_for(num_sms: int, tokens_per_head_k: int, num_heads_k: int) -> 
     return max(num_sms // num_heads_k // -(-tokens_per_head_k // _SCHEDULING_BLOCK_M), 1)
 
 
+@functools.lru_cache(maxsize=4096)
+def costs_for(device: torch.device, rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCosts:
+    """What a schedule on a device is made with; ``select_schedule_costs`` of the device's table.
+
+    Raises
+    ------
+    TableError
+        When there is a file for the device, but it is no table.
+    """
+    arch = arch_of_device(device)
+    chosen = {} if arch is None else chosen_costs(arch, gpu_name_of(device))
+    return select_schedule_costs(rows, batch_size, num_sm_parts, chosen)
+
+
 class SchedulePlan:
     """What the schedules of calls of a kind share.
 
@@ -76,18 +93,32 @@ class SchedulePlan:
         Requests, at least one, and parts to spread them over.
     tokens_per_head_k : int
         Rows of queries that share a KV head: what cutting a request costs depends on them.
+    costs : ScheduleCosts, optional
+        What the schedules are made with; by default what was chosen for calls of the kind.
+    get_mla_metadata : callable, optional
+        The scheduler of a module; by default that of any module for the device.
     """
 
     __slots__ = ("_arguments", "_empty", "_index", "_metadata_shape", "_schedule", "_splits_shape")
 
-    def __init__(self, device: torch.device, batch_size: int, num_sm_parts: int, tokens_per_head_k: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        batch_size: int,
+        num_sm_parts: int,
+        tokens_per_head_k: int,
+        *,
+        costs: ScheduleCosts | None = None,
+        get_mla_metadata: Callable[..., None] | None = None,
+    ) -> None:
         self._index = device.index if device.type == "cuda" else None
         self._empty = allocator_for(device)
-        self._schedule = metadata_kernel_for(device)
+        self._schedule = get_mla_metadata or metadata_kernel_for(device)
         self._metadata_shape = (num_sm_parts, METADATA_FIELDS)
         self._splits_shape = (batch_size + 1,)
+        costs = costs or costs_for(device, tokens_per_head_k, batch_size, num_sm_parts)
         # Without a window, how many queries there are does not matter.
-        self._arguments = (*select_schedule_costs(tokens_per_head_k), 1, _NO_WINDOW)
+        self._arguments = (*costs, 1, _NO_WINDOW)
 
     def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the scheduler on the current stream of the tensor's device; returns as ``make_schedule``.

@@ -11,7 +11,7 @@ from tilemla.cli.bench import bench
 from tilemla.spec import KernelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-H100_LOG = ROOT / "tuning_logs" / "mla_decode_sm_90a_bf16_dense_d576_v512_p64_m64.h100.jsonl"
+H100_LOG = ROOT / "tuning_logs" / "mla_decode_sm_90a_bf16_dense_d576_v512_p64_m64" / "h100.bench.jsonl"
 
 
 def run_bench(*arguments):

@@ -4,6 +4,7 @@ import os
 import subprocess
 
 from tilemla import __version__, toolchain
+from tilemla.config import DEFAULT_CONFIG
 from tilemla.fingerprint import source_fingerprint
 from tilemla.manifest import Manifest, Requirements, manifest_path, sha256_of
 from tilemla.store import PROGRAMS
@@ -75,6 +76,7 @@ def make_entry(store, spec, *, requires=ANY_MACHINE, version=__version__, age_s=
     manifest = Manifest(
         name=spec.name,
         spec=spec.to_dict(),
+        config=DEFAULT_CONFIG.to_dict(),
         library=library.name,
         sha256=sha256_of(library),
         fingerprint=source_fingerprint(),

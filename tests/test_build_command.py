@@ -51,7 +51,7 @@ def plain_environment(monkeypatch):
 
 def test_version_and_help():
     assert invoke("--version").stdout == f"tilemla {__version__}\n"
-    for name in ("bench", "build", "clean", "doctor", "inspect", "list"):
+    for name in ("bench", "build", "clean", "doctor", "inspect", "list", "tune"):
         result = invoke(name, "--help")
         assert result.exit_code == 0 and "Examples:" in result.stdout
         assert name in invoke("--help").stdout

@@ -62,7 +62,7 @@ def cache(built, empty_cache):
 
 @pytest.fixture
 def no_child(monkeypatch):
-    def refuse(spec, directory, on_step):
+    def refuse(spec, config, directory, on_step):
         raise AssertionError(f"a build of {spec.name} was started")
 
     monkeypatch.setattr(generate, "_run_child", refuse)
@@ -73,7 +73,7 @@ def copying_child(built, monkeypatch):
     """In place of a build that takes seconds: puts the sound module where it was asked for, and counts."""
     builds = []
 
-    def copy(spec, directory, on_step):
+    def copy(spec, config, directory, on_step):
         on_step("copying")
         builds.append(spec)
         shutil.rmtree(directory / SPEC.name, ignore_errors=True)
@@ -337,13 +337,13 @@ def _owner_of(function):
 
 
 def test_child_that_leaves_nothing(empty_cache, monkeypatch):
-    monkeypatch.setattr(generate, "_run_child", lambda spec, directory, on_step: None)
+    monkeypatch.setattr(generate, "_run_child", lambda spec, config, directory, on_step: None)
     with pytest.raises(tilemla.ModuleBuildError, match=f"generating {SPEC.name} left no module in"):
         decode()
 
 
 def test_child_that_leaves_damage(built, empty_cache, monkeypatch):
-    def build(spec, directory, on_step):
+    def build(spec, config, directory, on_step):
         shutil.copytree(built / spec.name, directory / spec.name)
         damage(directory, "library changed")
 
@@ -420,9 +420,9 @@ def test_preload_generates_side_by_side(empty_cache, monkeypatch):
     both = threading.Barrier(2, timeout=60)
     run_child = generate._run_child
 
-    def run(spec, directory, on_step):
+    def run(spec, config, directory, on_step):
         both.wait()
-        run_child(spec, directory, on_step)
+        run_child(spec, config, directory, on_step)
 
     monkeypatch.setattr(generate, "_run_child", run)
     assert preloading.preload_modules("deepseek-v3", archs=["cpu"], jobs=2) == [SPEC, OTHER]

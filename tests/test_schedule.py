@@ -11,30 +11,25 @@ from hypothesis import strategies as st
 import tilemla
 from reference import check_schedule
 from schedules import BLOCK_N, spread_schedule, walk
-from tilemla.costs import select_schedule_costs
+from tilemla.costs import ScheduleCosts, formula_costs
 from tilemla.launch import metadata_kernel_for
 
 PAYLOADS = 16
+FULL_TILE = formula_costs(64)
 
 
-def costs_of(rows):
-    """Overhead of a request and of cutting at all, in blocks, and of a piece in eighths of a block."""
-    full = min(rows, 64)
-    return 1 + 4 * full // 64, 2 + 6 * full // 64, 1 + full // 64
-
-
-def make_schedule(lengths, num_sm_parts, device, rows=64):
+def make_schedule(lengths, num_sm_parts, device, costs=FULL_TILE):
     """Run the generated scheduler on poisoned outputs."""
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
     num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
-    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits, *select_schedule_costs(rows), 1, -1)
+    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits, *costs, 1, -1)
     return metadata.cpu().numpy(), num_splits.cpu().numpy()
 
 
-def best_plan(lengths, num_sm_parts, rows):
+def best_plan(lengths, num_sm_parts, costs):
     """The cheapest plan there is, by trying every payload: of equal ones one that may cut, then the least payload."""
-    overhead, combine, piece = costs_of(rows)
+    overhead, combine, piece = costs
     blocks = [-(-length // BLOCK_N) for length in lengths]
     share = -(-(sum(blocks) + overhead * len(blocks)) // num_sm_parts)
     best = None
@@ -45,7 +40,7 @@ def best_plan(lengths, num_sm_parts, rows):
                 continue
             pieces = collections.Counter(request for part in parts for request, _, _ in part)
             most = max(pieces.values())
-            cost = 8 * (payload - share) + (8 * combine + most * piece if most > 1 else 0)
+            cost = 8 * (payload - share) + (combine + most * piece if most > 1 else 0)
             if best is None or cost < best[0]:
                 best = cost, parts
     return best[1]
@@ -59,24 +54,30 @@ lengths_strategy = st.lists(
 @given(
     lengths=lengths_strategy,
     num_sm_parts=st.one_of(st.integers(1, 12), st.integers(1, 160)),
-    rows=st.sampled_from((1, 16, 32, 63, 64, 128, 1000)),
+    costs=st.one_of(
+        st.sampled_from((1, 16, 32, 63, 64, 128, 1000)).map(formula_costs),
+        st.builds(ScheduleCosts, st.integers(0, 15), st.integers(0, 1023), st.integers(0, 63)),
+    ),
 )
-@example(lengths=[0], num_sm_parts=1, rows=64)
-@example(lengths=[0] * 7, num_sm_parts=3, rows=64)
-@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132, rows=64)
-@example(lengths=[1], num_sm_parts=132, rows=64)
-@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, rows=64)
-@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132, rows=64)
+@example(lengths=[0], num_sm_parts=1, costs=FULL_TILE)
+@example(lengths=[0] * 7, num_sm_parts=3, costs=FULL_TILE)
+@example(lengths=[0, 0], num_sm_parts=3, costs=ScheduleCosts(0, 0, 0))
+@example(lengths=[64 * 160], num_sm_parts=160, costs=ScheduleCosts(15, 1023, 63))
+@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132, costs=FULL_TILE)
+@example(lengths=[1], num_sm_parts=132, costs=FULL_TILE)
+@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, costs=FULL_TILE)
+@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132, costs=FULL_TILE)
 @settings(max_examples=300)
-def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, rows):
-    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, rows)
+def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, costs):
+    assert costs.why_invalid() is None
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, costs)
     pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N)  # every block is covered once
     found = [[] for _ in range(num_sm_parts)]
     for request, of_request in enumerate(pieces):
         for part, first, end in of_request:
             found[part].append((request, first, end))
     if lengths:
-        plan = best_plan(lengths, num_sm_parts, rows)
+        plan = best_plan(lengths, num_sm_parts, costs)
         assert found[: len(plan)] == plan and not any(found[len(plan) :])
     # The partial buffers, of batch_size + num_sm_parts slots, are large enough.
     assert num_splits[-1] < len(lengths) + num_sm_parts or num_splits[-1] == len(lengths)
@@ -94,7 +95,7 @@ def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, rows):
     ],
 )
 def test_requests_are_cut_where_that_pays(device, lengths, rows, is_cut):
-    _, num_splits = make_schedule(lengths, 132 // -(-rows // 64), device, rows)
+    _, num_splits = make_schedule(lengths, 132 // -(-rows // 64), device, formula_costs(rows))
     assert (num_splits[-1] > len(lengths)) == is_cut
 
 

@@ -10,18 +10,16 @@ from typing import Any
 
 import tilelang.language as T
 
+from tilemla.config import KernelConfig
 from tilemla.dsl.attention import final_lse, inverse_sum
 from tilemla.dsl.combine import advance_max, count_splits, needs_combine, split_weight, start_max
 
 _WARPS = 4
 _LANES = 32
 _VECTOR = 4  # fp32 elements of a 16-byte load
-# 16-byte loads of a lane that are under way at once: a serial loop would wait for L2 at each.
-_LOADS_AHEAD = 16
-_FULL_GRID = 4096  # rows from which on a row gets a warp, not a CTA
 
 
-def make_combine(head_dim_v: int, accum: str, *, early: bool) -> Any:
+def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bool) -> Any:
     """Make the macro that opens the combine kernel.
 
     Parameters
@@ -30,6 +28,8 @@ def make_combine(head_dim_v: int, accum: str, *, early: bool) -> Any:
         Columns of a row.
     accum : str
         dtype of the partial results.
+    config : KernelConfig
+        Its ``full_grid`` and ``loads_ahead``.
     early : bool
         Whether the kernel is launched under the tail of the decode kernel and waits for its end itself.
 
@@ -42,7 +42,7 @@ def make_combine(head_dim_v: int, accum: str, *, early: bool) -> Any:
 
     def make_merge_row(vectors: int) -> Any:
         """Merge a row; a warp takes as many of its columns as `vectors` 16-byte loads of each lane cover."""
-        ahead = _LOADS_AHEAD // vectors  # splits
+        ahead = config.loads_ahead // vectors  # splits
 
         @T.macro
         def load_splits(partial, t, head, row, column, first, begin, count):
@@ -101,7 +101,8 @@ def make_combine(head_dim_v: int, accum: str, *, early: bool) -> Any:
 
     @T.macro
     def combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes):
-        rows_per_cta = T.if_then_else(sizes.batch_size * sizes.num_heads_k * sizes.rows < _FULL_GRID, 1, _WARPS)
+        is_full = sizes.batch_size * sizes.num_heads_k * sizes.rows >= config.full_grid
+        rows_per_cta = T.if_then_else(is_full, _WARPS, 1)
         with T.Kernel(
             sizes.batch_size, sizes.num_heads_k, T.ceildiv(sizes.rows, rows_per_cta), threads=_WARPS * _LANES
         ) as (request, head, row_block):

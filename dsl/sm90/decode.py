@@ -48,13 +48,15 @@ PASS_CONFIG = {
 }
 
 
-def make_decode_program(spec) -> Program:
+def make_decode_program(spec, config) -> Program:
     """Make the split-KV decode and combine kernels of a spec.
 
     Parameters
     ----------
     spec : KernelSpec
         Of architecture ``"sm_90a"``.
+    config : KernelConfig
+        The constants that are tuned.
 
     Returns
     -------
@@ -69,9 +71,9 @@ def make_decode_program(spec) -> Program:
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
-    score_warpgroup = make_score_warpgroup(dtype, block_n, head_dim_qk, head_dim_v)
-    output_warpgroup = make_output_warpgroup(block_n, head_dim_qk, head_dim_v)
-    combine = make_combine(head_dim_v, accum, early=True)
+    score_warpgroup = make_score_warpgroup(dtype, block_n, head_dim_qk, head_dim_v, config)
+    output_warpgroup = make_output_warpgroup(block_n, head_dim_qk, head_dim_v, config)
+    combine = make_combine(head_dim_v, accum, config, early=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func

@@ -4,6 +4,7 @@ from typing import Any
 
 import tilelang.language as T
 
+from tilemla.config import KernelConfig
 from tilemla.dsl.schedule import end_block, first_block, is_split, split_slot
 from tilemla.dsl.sm90.load import REQUEST, make_loader
 from tilemla.dsl.sm90.tile import (
@@ -21,7 +22,7 @@ from tilemla.dsl.sm90.tile import (
 )
 
 
-def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> Any:
+def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
     """Make the macro ``output_warpgroup(acc, cursor, column, barrier_id, t)``.
 
     ``acc`` is the (64, 256) accumulator, ``column`` its first output column, ``barrier_id`` the warpgroup's named
@@ -31,9 +32,11 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int) -> An
     ----------
     block_n, head_dim_qk, head_dim_v : int
         Tokens of a page, columns of a key and of a value.
+    config : KernelConfig
+        See `make_loader`.
     """
     accum = "float32"
-    seek, load = make_loader(block_n, head_dim_qk)
+    seek, load = make_loader(block_n, head_dim_qk, config)
 
     @T.macro
     def scale_rows(acc, scale):

@@ -4,6 +4,7 @@ from typing import Any
 
 import tilelang.language as T
 
+from tilemla.config import KernelConfig
 from tilemla.dsl.attention import (
     RUNNING_MAX_START,
     advance_max,
@@ -20,7 +21,6 @@ from tilemla.dsl.schedule import end_block, first_block, is_split, split_slot
 from tilemla.dsl.sm90.tile import (
     A_REGISTERS,
     ATOM_BYTES,
-    GROUPS_LEFT_AT_HANDOVER,
     K_STEP,
     NUM_STAGES,
     NUM_THIRDS,
@@ -37,7 +37,7 @@ from tilemla.dsl.sm90.tile import (
 )
 
 
-def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v: int) -> Any:
+def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
     """Make the macro ``score_warpgroup(t)``.
 
     wgmma is issued by hand, since the last 16 latent columns of Q are multiplied from shared memory and the rest from
@@ -51,6 +51,8 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
         Of queries and cache.
     block_n, head_dim_qk, head_dim_v : int
         Tokens of a page, columns of a key and of a value.
+    config : KernelConfig
+        Its ``groups_left_at_handover``.
     """
     operand = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
     accum = "float32"
@@ -235,7 +237,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                         t.empty[T.if_then_else(stage == NUM_STAGES - 1, 0, stage + 1)],
                         T.if_then_else(stage == NUM_STAGES - 1, phase, phase ^ 1),
                     )
-                    T.wait_wgmma(GROUPS_LEFT_AT_HANDOVER)
+                    T.wait_wgmma(config.groups_left_at_handover)
                     # The item before, a block with its P or the Q tile, is handed over.
                     arrive_warp(t.p_full, T.if_then_else(stage == 0, NUM_STAGES - 1, stage - 1), t.tx)
                     T.wait_wgmma(0)

@@ -31,10 +31,6 @@ LOAD_WARP_END = 2 * WARPGROUP + 32  # the first warp of the right output warpgro
 SCORE_REGISTERS, OUTPUT_REGISTERS = 184, 160
 SCORE_BARRIER, LEFT_BARRIER, RIGHT_BARRIER = 1, 2, 3  # named barriers of a warpgroup; 0 is __syncthreads
 
-# P of block i is announced when this many wgmma groups of block i + 1's scores are still to come. The tensor cores then
-# have P V of block i to work on while the score warpgroup is in the softmax of block i + 1.
-GROUPS_LEFT_AT_HANDOVER = 1
-
 
 def stage_of(turn) -> Any:
     """The stage of the item at `turn`; a turn is stage + NUM_STAGES * phase, int32."""

@@ -107,6 +107,11 @@ class GridCase:
         return lengths
 
     @property
+    def rows(self) -> int:
+        """Rows of queries that share a KV head."""
+        return self.seq_len_q * self.num_heads_q // self.num_heads_k
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of all requests."""
         return sum(self.make_lengths())
@@ -152,6 +157,29 @@ def even_cases() -> Iterator[GridCase]:
             yield GridCase.of_lengths(lengths, case.num_heads_q, case.seq_len_q)
 
 
+# By batch size, lengths that are fixed and, where negative, the mean of varied ones.
+_TUNE_LENGTHS = {
+    1: (1024, 8192, 65536),
+    2: (4096, 32768, -16384),
+    4: (1024, 8192, -8192),
+    8: (8192, -4096),
+    16: (-8192,),
+    32: (2048, -8192),
+    64: (-4096,),
+    128: (4096, -8192),
+    256: (-1024,),
+}
+
+
+def tune_cases() -> Iterator[GridCase]:
+    """What a kernel is tuned with: each class of shapes by several batches and lengths, fixed and varied."""
+    # 16 rows in part of a tile, 64 in one, 128 and 256 in several
+    for num_heads_q, seq_len_q in ((16, 1), (64, 1), (128, 1), (128, 2)):
+        for batch_size, lengths in _TUNE_LENGTHS.items():
+            for length in lengths:
+                yield GridCase(batch_size, abs(length), num_heads_q, seq_len_q, is_varied=length < 0)
+
+
 def cpu_cases() -> Iterator[GridCase]:
     """What a CPU gets through in a minute."""
     for num_heads_q, seq_len_q, is_varied in itertools.product((16, 64), (1, 2), (False, True)):
@@ -163,6 +191,7 @@ CASE_LISTS: dict[str, Callable[[], Iterator[GridCase]]] = {
     "small": small_cases,
     "imbalanced": imbalanced_cases,
     "even": even_cases,
+    "tune": tune_cases,
     "cpu": cpu_cases,
 }
 DEFAULT_LISTS = {"cuda": ("grid", "small", "imbalanced"), "cpu": ("cpu",)}

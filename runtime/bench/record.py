@@ -135,14 +135,10 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a line of a log, as plain values."""
-        shape = dataclasses.asdict(self.case) | {"total_tokens": self.case.total_tokens}
-        del shape["dtype"]  # the spec has it
-        if not self.case.lengths:
-            del shape["lengths"]
         fields: dict[str, Any] = {
             "spec": self.context.spec.to_dict(),
             "case_list": self.case_list,
-            "shape": shape,
+            "shape": shape_fields(self.case),
             "time_us": self.time_us,
             "host_time_us": self.host_time_us,
             "tflops": self.tflops,
@@ -175,13 +171,8 @@ class Record:
         ValueError, KeyError, TypeError
             When the fields are not those of a measurement.
         """
-        shape = dict(fields["shape"])
-        total_tokens = shape.pop("total_tokens")
-        shape["lengths"] = tuple(shape.get("lengths", ()))
         spec = KernelSpec.from_dict(fields["spec"])
-        case = GridCase(**shape, dtype=spec.dtype)
-        if case.total_tokens != total_tokens:
-            raise ValueError(f"shape has {case.total_tokens} tokens here, its total_tokens says {total_tokens}")
+        case = case_of(fields["shape"], spec.dtype)
         context = RunContext(
             spec=spec,
             gpu=fields["gpu"],
@@ -201,6 +192,32 @@ class Record:
             failures=dict(fields.get("peer_failures", {})),
             case_list=fields.get("case_list", ""),
         )
+
+
+def shape_fields(case: GridCase) -> dict[str, Any]:
+    """The fields of a case in a log, as plain values; its dtype is not among them, since the spec has it."""
+    shape = dataclasses.asdict(case) | {"total_tokens": case.total_tokens}
+    del shape["dtype"]
+    if not case.lengths:
+        del shape["lengths"]
+    return shape
+
+
+def case_of(shape: Mapping[str, Any], dtype: str) -> GridCase:
+    """Make a case of what ``shape_fields`` gave.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        When the fields are not those of a case.
+    """
+    fields = dict(shape)
+    total_tokens = fields.pop("total_tokens")
+    fields["lengths"] = tuple(fields.get("lengths", ()))
+    case = GridCase(**fields, dtype=dtype)
+    if case.total_tokens != total_tokens:
+        raise ValueError(f"shape has {case.total_tokens} tokens here, its total_tokens says {total_tokens}")
+    return case
 
 
 def _peer_fields(peer: PeerTime) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def measure(
     for peer in peers:
         try:
             decode = peer.prepare(case, inputs)
-            _check_agreement(decode()[0], expected)
+            check_agreement(decode()[0], expected)
             calls[peer.name] = clock.ready(decode)
             decodes[peer.name] = decode
         except Exception as error:  # a peer need not serve every case, and must not end the run
@@ -138,7 +138,7 @@ def measure(
     )
 
 
-def _check_agreement(out: torch.Tensor, expected: torch.Tensor) -> None:
+def check_agreement(out: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise ValueError unless a peer computed what we did: a fast wrong answer is no time to compare with."""
     if out.shape != expected.shape:
         raise ValueError(f"the result has shape {tuple(out.shape)}, ours {tuple(expected.shape)}")

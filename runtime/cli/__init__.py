@@ -16,6 +16,7 @@ _HOME = {
     "doctor": ("tilemla.cli.doctor", "doctor"),
     "inspect": ("tilemla.cli.inspecting", "inspect"),
     "list": ("tilemla.cli.listing", "list_modules"),
+    "tune": ("tilemla.cli.tune", "tune"),
 }
 
 

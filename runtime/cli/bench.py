@@ -127,6 +127,7 @@ def bench(
       small       batches of 1, 4 and 32, lengths of 1024 to 65536
       imbalanced  batch 4, one request far longer than the others
       even        the varied cases of grid, the same tokens spread evenly
+      tune        what `tilemla tune` tries configurations with
       cpu         what a CPU gets through in a minute
 
     \b

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tilemla.spec import ARCHS, DTYPES, HEAD_DIMS, KV_FORMATS, PAGE_BLOCK_SIZES, PRESETS, KernelSpec, select_specs
+from tilemla.cli.options import repeatable, spec_options
+from tilemla.spec import PRESETS, KernelSpec, select_specs
 
 if TYPE_CHECKING:
     from tilemla.generate import Outcome
     from tilemla.store import Entry
 
-_HEAD_DIMS_QK, _HEAD_DIMS_V = (sorted({str(dims[i]) for dims in HEAD_DIMS}) for i in range(2))
-
-
-def _repeatable(option: str, name: str, values: Sequence[object], what: str) -> Callable[[Any], Any]:
-    choices = click.Choice([str(value) for value in values])
-    return click.option(option, name, multiple=True, type=choices, help=f"{what}; may be given repeatedly.")
-
 
 @click.command()
-@_repeatable(
+@repeatable(
     "--preset", "presets", list(PRESETS), "Modules of a model. Default: all that there are; what follows narrows it"
 )
-@_repeatable("--arch", "archs", ARCHS, "This architecture. Default: sm_90a and cpu")
-@_repeatable("--dtype", "dtypes", DTYPES, "Only this dtype")
-@_repeatable("--kv-format", "kv_formats", KV_FORMATS, "Only this layout of the cache")
-@_repeatable("--head-dim-qk", "head_dims_qk", _HEAD_DIMS_QK, "Only this head dim of queries and keys")
-@_repeatable("--head-dim-v", "head_dims_v", _HEAD_DIMS_V, "Only this head dim of values")
-@_repeatable("--page-block-size", "page_block_sizes", PAGE_BLOCK_SIZES, "Only this number of tokens in a page")
+@spec_options("sm_90a and cpu")
 @click.option("--jobs", "-j", default=0, type=click.IntRange(min=0), help="Modules built at once. Default: the cores.")
 @click.option(
     "--out-dir",
@@ -123,12 +111,13 @@ def _is_there(spec: KernelSpec, store: Path) -> bool:
     from tilemla.generate import is_current
     from tilemla.manifest import ManifestError
     from tilemla.store import read_entry
+    from tilemla.tuning.chosen import select_config
 
     try:
         entry = read_entry(spec, store)
     except ManifestError:
         return False
-    return entry is not None and is_current(entry)
+    return entry is not None and is_current(entry, select_config(spec))
 
 
 def _print_plan(specs: list[KernelSpec], stores: dict[str, Path], *, force: bool, as_json: bool) -> None:
@@ -148,7 +137,9 @@ def _print_plan(specs: list[KernelSpec], stores: dict[str, Path], *, force: bool
             click.echo(f"{row['name']}: {row['state']} in {row['directory']}")
 
 
-def _build_all(specs: list[KernelSpec], stores: dict[str, Path], jobs: int, *, force: bool) -> list[Outcome]:
+def _build_all(
+    specs: list[KernelSpec], stores: dict[str, Path], jobs: int, *, force: bool
+) -> list[Outcome[KernelSpec]]:
     from tilemla.generate import generate_module, run_side_by_side
     from tilemla.progress import show_progress
 
@@ -157,9 +148,9 @@ def _build_all(specs: list[KernelSpec], stores: dict[str, Path], jobs: int, *, f
         def make(spec: KernelSpec) -> tuple[Entry, bool]:
             return generate_module(spec, stores[spec.arch], lambda step: progress.step(spec.name, step), force=force)
 
-        def tell(outcome: Outcome) -> None:
+        def tell(outcome: Outcome[KernelSpec]) -> None:
             text = {"built": f"built in {outcome.seconds:.1f} s", "present": "up to date", "failed": "failed"}
-            progress.done(outcome.spec.name, text[outcome.state], failed=outcome.state == "failed")
+            progress.done(outcome.item.name, text[outcome.state], failed=outcome.state == "failed")
 
         return run_side_by_side(specs, make, jobs=jobs, on_done=tell)
 
@@ -179,11 +170,11 @@ def _write_wheels(entries: list[Entry], out_dir: Path) -> list[Path]:
         raise click.ClickException(f"the wheel cannot be made: {error}") from error
 
 
-def _as_json(outcomes: list[Outcome], wheels: list[Path]) -> dict[str, Any]:
+def _as_json(outcomes: list[Outcome[KernelSpec]], wheels: list[Path]) -> dict[str, Any]:
     modules = [
         dict(
-            name=outcome.spec.name,
-            spec=outcome.spec.to_dict(),
+            name=outcome.item.name,
+            spec=outcome.item.to_dict(),
             state=outcome.state,
             seconds=round(outcome.seconds, 3),
             library=str(outcome.entry.library) if outcome.entry else None,
@@ -196,7 +187,7 @@ def _as_json(outcomes: list[Outcome], wheels: list[Path]) -> dict[str, Any]:
     return dict(modules=modules, wheels=[str(path) for path in wheels])
 
 
-def _print_result(outcomes: list[Outcome], wheels: list[Path]) -> None:
+def _print_result(outcomes: list[Outcome[KernelSpec]], wheels: list[Path]) -> None:
     from rich.table import Table
 
     from tilemla.cli.output import make_console
@@ -210,7 +201,7 @@ def _print_result(outcomes: list[Outcome], wheels: list[Path]) -> None:
         heaviest = max(kernels, key=lambda kernel: kernel.smem_bytes, default=None)
         spills = sum(kernel.spill_store_bytes + kernel.spill_load_bytes for kernel in kernels)
         table.add_row(
-            outcome.spec.name,
+            outcome.item.name,
             outcome.state,
             f"{outcome.seconds:.1f}",
             f"{entry.library.stat().st_size:,}" if entry else "-",

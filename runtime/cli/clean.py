@@ -22,7 +22,7 @@ from tilemla.spec import ARCHS
 from tilemla.store import ENTRY_PREFIX, check_private, iter_entries, lock_path, search_path, set_aside
 
 _NAME = rf"{ENTRY_PREFIX}\w+"
-_STORE = re.compile(rf"(?P<version>[^-]+)-(?:{'|'.join(ARCHS)})-.+-[0-9a-f]{{16}}")
+_STORE = re.compile(rf"(?P<version>[^-]+)-(?:{'|'.join(ARCHS)})-.+-[0-9a-f]{{16}}(\+[\w-]+)?")
 _ENTRY = re.compile(rf"(?P<name>{_NAME})")
 _WORK = re.compile(rf"\.(?P<name>{_NAME})\.(?P<what>building|damaged)-\w+")
 _LOCK = re.compile(rf"\.(?P<name>{_NAME})\.lock")

@@ -1,0 +1,145 @@
+"""What can be tuned: configurations and costs, what is valid, what is tried, and how a call's costs are chosen."""
+
+import dataclasses
+
+import pytest
+
+from tilemla.config import DEFAULT_CONFIG, KernelConfig
+from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, formula_costs, select_schedule_costs, shape_class
+from tilemla.dsl import make_programs
+from tilemla.spec import SUPPORTED_SPECS, KernelSpec
+from tilemla.tuning.candidates import COST_VALUES, list_configs, list_costs, parse_parameters
+
+SM90, CPU = KernelSpec(), KernelSpec(arch="cpu")
+
+
+@pytest.mark.parametrize("spec", SUPPORTED_SPECS, ids=lambda spec: spec.name)
+def test_the_default_is_valid_everywhere(spec):
+    assert DEFAULT_CONFIG.why_invalid(spec) is None
+    assert DEFAULT_CONFIG.name == "default" and DEFAULT_CONFIG.changes() == {}
+
+
+@pytest.mark.parametrize(
+    "spec, changes, reason",
+    [
+        (SM90, dict(short_piece=-1), "short_piece must be 0 to 2147483647, got -1"),
+        (SM90, dict(groups_left_at_handover=4), "groups_left_at_handover must be 0 to 3, got 4"),
+        (SM90, dict(full_grid=2**31), "full_grid must be 0 to 2147483647, got 2147483648"),
+        (SM90, dict(loads_ahead=12), "loads_ahead must be one of 4, 8, 16, 32, got 12"),
+        (CPU, dict(short_piece=8), "short_piece must be left at the default: cpu kernels are not tuned"),
+    ],
+)
+def test_what_is_invalid_says_why_and_is_neither_tried_nor_built(spec, changes, reason):
+    config = KernelConfig(**changes)
+    assert config.why_invalid(spec) == reason
+    with pytest.raises(ValueError, match=reason):
+        make_programs(spec, config)
+    [(name, value)] = changes.items()
+    with pytest.raises(ValueError, match=reason):
+        list_configs(spec, {name: [value]})
+
+
+def test_a_configuration_comes_back_from_its_fields():
+    config = KernelConfig(short_piece=8, loads_ahead=32)
+    assert config.name == "short_piece8-loads_ahead32"
+    assert KernelConfig.from_dict(config.to_dict()) == config
+    assert KernelConfig.from_dict({"short_piece": 8}) == KernelConfig(short_piece=8), "a field that came later"
+    for fields, reason in (
+        (config.to_dict() | {"speed": 9}, "config has no field 'speed'; its fields are short_piece, "),
+        (config.to_dict() | {"full_grid": "4096"}, "config field full_grid must be int, got '4096'"),
+        (config.to_dict() | {"full_grid": True}, "config field full_grid must be int, got True"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            KernelConfig.from_dict(fields)
+
+
+def test_configurations_are_tried_one_field_at_a_time():
+    configs = list_configs(SM90)
+    assert configs[0] == DEFAULT_CONFIG and len(configs) == len(set(configs)) > 10
+    assert all(len(config.changes()) == 1 and config.why_invalid(SM90) is None for config in configs[1:])
+    assert {name for config in configs for name in config.changes()} == {
+        field.name for field in dataclasses.fields(KernelConfig)
+    }
+    assert list_configs(CPU) == [DEFAULT_CONFIG]
+
+
+def test_what_is_named_is_tried_with_each_other_and_nothing_else_is():
+    values = parse_parameters(["short_piece=8,16,8", "loads_ahead=16,32"])
+    assert values == {"short_piece": (8, 16), "loads_ahead": (16, 32)}
+    assert [config.name for config in list_configs(SM90, values)] == [
+        "default",
+        "short_piece8",
+        "short_piece8-loads_ahead32",
+        "loads_ahead32",
+    ]
+    assert list_costs(values) == []
+    values = parse_parameters(["overhead=1,4"])
+    assert list_configs(SM90, values) == [DEFAULT_CONFIG]
+    costs = list_costs(values)
+    assert {each.overhead for each in costs} == {1, 4}
+    assert {each.combine_eighths for each in costs} == set(COST_VALUES["combine_eighths"])
+    assert len(list_costs()) == len(set(list_costs())) == 175
+
+
+@pytest.mark.parametrize(
+    "texts, reason",
+    [
+        (["speed=9"], "'speed=9' must be NAME=V1,V2 with NAME one of short_piece, .*piece_eighths"),
+        (["short_piece"], "'short_piece' must list integers, such as short_piece=1,2"),
+        (["short_piece=1,x"], "'short_piece=1,x' must list integers"),
+        (["overhead=1", "overhead=2"], "overhead was given twice"),
+    ],
+)
+def test_bad_parameters_say_why(texts, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_parameters(texts)
+
+
+@pytest.mark.parametrize("bad", [(16, 0, 0), (0, 1024, 0), (0, 0, 64), (-1, 0, 0)])
+def test_costs_that_the_scheduler_cannot_add_up_are_invalid(bad):
+    costs = ScheduleCosts(*bad)
+    name, value = next((name, value) for name, value in costs._asdict().items() if value)
+    assert costs.why_invalid().startswith(f"{name} must be 0 to ") and costs.why_invalid().endswith(f"got {value}")
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        list_costs({name: [value]})
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 63, 64, 65, 128, 4096])
+def test_the_formula_grows_with_the_rows_of_a_tile_and_stays_valid(rows):
+    costs = formula_costs(rows)
+    assert costs.why_invalid() is None
+    assert all(a <= b for a, b in zip(costs, formula_costs(rows + 1), strict=True))
+    assert formula_costs(64) == formula_costs(4096) == ScheduleCosts(5, 64, 2)
+
+
+def test_every_call_has_a_class_and_every_class_a_call():
+    found = {
+        shape_class(rows, batch_size, parts)
+        for rows in (1, 32, 33, 64, 65, 256)
+        for batch_size in (1, 2, 16, 17, 66, 67, 10_000)
+        for parts in (1, 8, 132)
+    }
+    assert found == set(SHAPE_CLASSES)
+    assert [shape_class(16, batch_size, 132).partition("/")[2] for batch_size in (1, 2, 3, 16, 17, 66, 67)] == [
+        "alone",
+        "alone",
+        "deep",
+        "deep",
+        "some",
+        "some",
+        "whole",
+    ]
+    assert [shape_class(rows, 1, 132).partition("/")[0] for rows in (32, 33, 64, 65)] == [
+        "part_tile",
+        "full_tile",
+        "full_tile",
+        "many_tiles",
+    ]
+
+
+def test_selection_is_the_table_where_it_has_the_class_and_the_formula_elsewhere():
+    chosen = {"full_tile/alone": ScheduleCosts(3, 24, 4)}
+    assert select_schedule_costs(64, 1, 132, chosen) == ScheduleCosts(3, 24, 4)
+    assert select_schedule_costs(64, 128, 132, chosen) == formula_costs(64)
+    assert select_schedule_costs(16, 1, 132, chosen) == formula_costs(16)
+    assert select_schedule_costs(64, 1, 132, {}) == formula_costs(64)
