@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fakes import make_driver, make_entry
-from tilemla import host
+from tilemla import host, tuning_logs
 from tilemla.spec import PRESETS
 
 pytestmark = pytest.mark.usefixtures("serving_machine")
@@ -78,7 +78,9 @@ def bare_site(tmp_path):
         distribution = importlib.metadata.distribution(name)  # of a checkout, perhaps: a build's egg-info
         metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")
         (folder / "METADATA").write_text(metadata)
-    (site / "tilemla").symlink_to(Path(host.__file__).parent)
+    (site / "tilemla").mkdir()
+    for part in [*Path(host.__file__).parent.iterdir(), Path(tuning_logs.__file__).parent]:
+        (site / "tilemla" / part.name).symlink_to(part)
     return site
 
 
