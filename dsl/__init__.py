@@ -27,7 +27,7 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     Returns
     -------
     dict of str to Program
-        ``get_mla_metadata`` and ``mla_decode``, the functions that the module exports, in that order.
+        In the order of ``spec.programs``.
 
     Raises
     ------
@@ -37,6 +37,10 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     reason = spec.why_invalid() or config.why_invalid(spec)
     if reason is not None:
         raise ValueError(f"no tile program for {spec.name}: {reason}")
+    if spec.kernel == "read_pages":
+        from tilemla.dsl.sm90.read_pages import make_read_program
+
+        return {"read_pages": make_read_program(spec)}
     from tilemla.dsl.metadata import make_metadata_program_cpu, make_metadata_program_sm90
 
     if spec.arch == "cpu":

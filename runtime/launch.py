@@ -87,9 +87,7 @@ def kernels_for(
         if spec.arch not in TESTED_ARCHS:
             logger().warning("%s is untested on hardware: compare its results before you rely on them", spec.name)
         module = load_module(spec)
-        kernels = Kernels(
-            spec, num_sms_of(device), module.mla_decode, module.mla_decode_unfolded, module.get_mla_metadata
-        )
+        kernels = Kernels(spec, num_sms_of(device), **module.functions)
         _kernels[key] = kernels
     return kernels
 
@@ -122,5 +120,5 @@ def metadata_kernel_for(device: torch.device) -> Callable[..., None]:
         chosen = next((spec for spec in candidates if spec in loaded_specs()), None)
         if chosen is None:
             chosen = next((spec for spec in candidates if find_module(spec) is not None), candidates[0])
-        function = _metadata_kernels[device] = load_module(chosen).get_mla_metadata
+        function = _metadata_kernels[device] = load_module(chosen).functions["get_mla_metadata"]
     return function

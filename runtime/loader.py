@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from tilemla.manifest import Manifest, ManifestError, manifest_path
 from tilemla.progress import show_progress
 from tilemla.spec import KernelSpec
 from tilemla.store import (
-    EXPORTS,
     Entry,
     Location,
     cache_store,
@@ -36,13 +35,11 @@ class Found(NamedTuple):
 
 
 class LoadedModule(NamedTuple):
-    """An open module. The functions keep the library open."""
+    """An open module: its functions by name, which keep the library open."""
 
     manifest: Manifest
     library: Path
-    get_mla_metadata: Callable[..., None]
-    mla_decode: Callable[..., None]
-    mla_decode_unfolded: Callable[..., None]
+    functions: Mapping[str, Callable[..., None]]
 
 
 _loaded: dict[KernelSpec, LoadedModule] = {}
@@ -146,7 +143,8 @@ def ensure_module(spec: KernelSpec, on_step: OnStep | None = None) -> Found:
 
 def _explain_missing(spec: KernelSpec, reason: str) -> str:
     looked = ", ".join(f"{place.store} ({place.label})" for place in search_path(spec.arch))
-    options = f"--arch {spec.arch} --dtype {spec.dtype} --head-dim-qk {spec.head_dim_qk}"
+    kernel = f"--kernel {spec.kernel} " if spec.kernel != "mla_decode" else ""
+    options = f"{kernel}--arch {spec.arch} --dtype {spec.dtype} --head-dim-qk {spec.head_dim_qk}"
     options += f" --page-block-size {spec.page_block_size}"
     return (
         f"{spec.name} is not built and cannot be generated here: {reason}. Looked in {looked or 'no place'}. Where a "
@@ -198,7 +196,8 @@ def open_module(entry: Entry) -> LoadedModule:
     import tvm_ffi
 
     module = tvm_ffi.load_module(str(entry.library))
-    return LoadedModule(entry.manifest, entry.library, *(module.get_function(name) for name in EXPORTS))
+    functions = {name: module.get_function(name) for name in KernelSpec.from_dict(entry.manifest.spec).exports}
+    return LoadedModule(entry.manifest, entry.library, functions)
 
 
 def loaded_specs() -> tuple[KernelSpec, ...]:

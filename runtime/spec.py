@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+# What a module is for, and its programs. `read_pages` serves no call: the benchmark compares with it.
+KERNELS = {"mla_decode": ("get_mla_metadata", "mla_decode"), "read_pages": ("read_pages",)}
+# The functions that it exports beside its programs: a second way into one of them.
+_SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded",)}
 # Those that results were compared on: what is built unless others are asked for.
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
@@ -41,6 +45,8 @@ class KernelSpec:
         Tokens in a page of the cache.
     block_m : int
         Rows of a query tile; 0 takes the one that the architecture's programs are written for.
+    kernel : str
+        ``"mla_decode"``, or ``"read_pages"``, which reads the pages of a call and does nothing with them.
     """
 
     arch: str = "sm_90a"
@@ -50,6 +56,7 @@ class KernelSpec:
     head_dim_v: int = 512
     page_block_size: int = 64
     block_m: int = 0
+    kernel: str = "mla_decode"
 
     def __post_init__(self) -> None:
         if self.block_m == 0:
@@ -60,9 +67,19 @@ class KernelSpec:
         """A readable name, unique among specs; the stem of the module's file names."""
         dtype = _SHORT_DTYPE.get(self.dtype, self.dtype)
         return (
-            f"mla_decode_{self.arch}_{dtype}_{self.kv_format}_d{self.head_dim_qk}_v{self.head_dim_v}"
+            f"{self.kernel}_{self.arch}_{dtype}_{self.kv_format}_d{self.head_dim_qk}_v{self.head_dim_v}"
             f"_p{self.page_block_size}_m{self.block_m}"
         )
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Names of the programs that the module is made of."""
+        return KERNELS[self.kernel]
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Names of the functions that the module exports."""
+        return self.programs + _SECOND_WAYS.get(self.kernel, ())
 
     @property
     def head_dim_rope(self) -> int:
@@ -78,6 +95,8 @@ class KernelSpec:
             None when there is a tile program for this spec, else the first reason why there is none, with the
             received value.
         """
+        if self.kernel not in KERNELS:
+            return f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}"
         if self.arch not in ARCHS:
             return f"arch must be one of {', '.join(ARCHS)}, got {self.arch!r}"
         if self.dtype not in DTYPES:
@@ -90,6 +109,8 @@ class KernelSpec:
             return f"page_block_size must be 64, got {self.page_block_size}"
         if self.block_m != BLOCK_M[self.arch]:
             return f"block_m must be {BLOCK_M[self.arch]} on {self.arch}, got {self.block_m}"
+        if self.kernel == "read_pages" and (self.arch, self.page_block_size) != ("sm_90a", 64):
+            return f"read_pages must be for sm_90a and pages of 64, got {self.arch} and {self.page_block_size}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,13 +136,18 @@ class KernelSpec:
         return cls(**fields)
 
 
-# What building ahead of time builds and what generating on demand may generate: the same list.
+# What serves calls: what building ahead of time builds and what generating on demand may generate, the same list.
 SUPPORTED_SPECS: tuple[KernelSpec, ...] = tuple(
     KernelSpec(arch=arch, dtype=dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, page_block_size=page_block_size)
     for arch in ARCHS
     for dtype in DTYPES
     for head_dim_qk, head_dim_v in HEAD_DIMS
     for page_block_size in PAGE_BLOCK_SIZES
+)
+
+# What the benchmark compares with, built only when it is asked for.
+BENCHMARK_SPECS: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(arch="sm_90a", dtype=dtype, kernel="read_pages") for dtype in DTYPES
 )
 
 # The modules that serve a model, whatever its number of heads, batch and lengths: those are run-time arguments.
@@ -137,6 +163,7 @@ PRESETS: dict[str, tuple[KernelSpec, ...]] = {
 
 def select_specs(
     *,
+    kernels: Collection[str] = ("mla_decode",),
     presets: Collection[str] = (),
     archs: Collection[str] = (),
     dtypes: Collection[str] = (),
@@ -149,15 +176,17 @@ def select_specs(
 
     Parameters
     ----------
+    kernels : collection of str
+        Keys of ``KERNELS``.
     presets : collection of str
-        Keys of ``PRESETS``, whose specs are joined; none takes every supported spec.
+        Keys of ``PRESETS``, whose specs are joined; none takes every spec.
     archs, dtypes, kv_formats, head_dims_qk, head_dims_v, page_block_sizes : collection
         Values of a field to keep; none keeps all, and of the architectures ``TESTED_ARCHS``.
 
     Returns
     -------
     list of KernelSpec
-        In the order of ``SUPPORTED_SPECS``; empty when nothing fits.
+        In the order of ``SUPPORTED_SPECS``, then of ``BENCHMARK_SPECS``; empty when nothing fits.
 
     Raises
     ------
@@ -167,7 +196,8 @@ def select_specs(
     for preset in presets:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    chosen = {spec for preset in presets for spec in PRESETS[preset]} if presets else set(SUPPORTED_SPECS)
+    every = SUPPORTED_SPECS + BENCHMARK_SPECS
+    chosen = {spec for preset in presets for spec in PRESETS[preset]} if presets else set(every)
     filters = (
         ("arch", archs or TESTED_ARCHS),
         ("dtype", dtypes),
@@ -178,6 +208,8 @@ def select_specs(
     )
     return [
         spec
-        for spec in SUPPORTED_SPECS
-        if spec in chosen and all(not values or getattr(spec, field) in values for field, values in filters)
+        for spec in every
+        if spec in chosen
+        and spec.kernel in kernels
+        and all(not values or getattr(spec, field) in values for field, values in filters)
     ]

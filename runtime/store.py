@@ -18,12 +18,7 @@ from tilemla import env, wheel
 from tilemla.errors import ModuleNotBuiltError, ToolchainError
 from tilemla.fingerprint import store_name, store_pattern, why_not_generated
 from tilemla.manifest import Manifest, ManifestError, manifest_path, read_manifest, verify_library
-from tilemla.spec import ARCHS, KernelSpec
-
-# The programs of a module, and the functions that it exports: its programs, and a second way into one of them.
-PROGRAMS = ("get_mla_metadata", "mla_decode")
-EXPORTS = (*PROGRAMS, "mla_decode_unfolded")
-ENTRY_PREFIX = "mla_decode_"
+from tilemla.spec import ARCHS, KERNELS, KernelSpec
 
 
 class Entry(NamedTuple):
@@ -105,7 +100,7 @@ def require_spec(entry: Entry, spec: KernelSpec) -> None:
     manifest = entry.manifest
     if manifest.spec != spec.to_dict():
         raise ManifestError(f"{entry.directory}: expected a module for {spec.to_dict()}, got one for {manifest.spec}")
-    missing = [name for name in PROGRAMS if name not in manifest.programs]
+    missing = [name for name in spec.programs if name not in manifest.programs]
     if missing:
         raise ManifestError(f"{entry.directory}: the module lacks {', '.join(missing)}")
 
@@ -120,7 +115,7 @@ def iter_entries(store: str | Path) -> Iterator[tuple[Path, Entry | ManifestErro
     """The entries of a store in order of their names, each with what was found when its hash was checked."""
     store = Path(store)
     for directory in sorted(store.iterdir()) if store.is_dir() else ():
-        if directory.name.startswith(ENTRY_PREFIX) and directory.is_dir():
+        if directory.name.startswith(tuple(f"{kernel}_" for kernel in KERNELS)) and directory.is_dir():
             try:
                 yield directory, _check_entry(directory)
             except ManifestError as error:

@@ -7,7 +7,6 @@ from tilemla import __version__, toolchain
 from tilemla.config import DEFAULT_CONFIG
 from tilemla.fingerprint import source_fingerprint
 from tilemla.manifest import Manifest, Requirements, manifest_path, sha256_of
-from tilemla.store import PROGRAMS
 
 ANY_MACHINE = Requirements()
 
@@ -80,7 +79,7 @@ def make_entry(store, spec, *, requires=ANY_MACHINE, version=__version__, age_s=
         library=library.name,
         sha256=sha256_of(library),
         fingerprint=source_fingerprint(),
-        programs=PROGRAMS,
+        programs=spec.programs,
         files={},
         kernels=(),
         tools={"tilelang": "0.1.15", "g++": "12.2.0"},

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from processes import wait_until_gone
 from tilemla import __version__, fingerprint
 from tilemla.cli import main
-from tilemla.spec import DTYPES, PRESETS, SUPPORTED_SPECS, TESTED_ARCHS, KernelSpec, select_specs
+from tilemla.spec import BENCHMARK_SPECS, DTYPES, PRESETS, SUPPORTED_SPECS, TESTED_ARCHS, KernelSpec, select_specs
 
 SPEC = KernelSpec(arch="cpu", dtype="bfloat16")
 OTHER = KernelSpec(arch="cpu", dtype="float16")
@@ -64,6 +64,8 @@ def test_version_and_help():
         (["--preset", "deepseek-v9"], ["deepseek-v9", "deepseek-v3"]),
         (["--head-dim-qk", "575"], ["575", "576"]),
         (["--page-block-size", "7"], ["7", "64"]),
+        (["--kernel", "read_page"], ["read_page", "mla_decode", "read_pages"]),
+        (["--kernel", "read_pages", "--preset", "deepseek-v3"], ["no module fits all of these options"]),
         (["--jobs", "-1"], ["-1"]),
         (["--colour"], ["No such option"]),
     ],
@@ -85,6 +87,8 @@ def test_unknown_command():
         (["--preset", "deepseek-v3"], [spec for spec in PRESETS["deepseek-v3"] if spec.arch in TESTED_ARCHS]),
         (["--arch", "sm_120", "--dtype", "float16"], [KernelSpec(arch="sm_120", dtype="float16")]),
         (["--preset", "deepseek-v3", "--arch", "cpu"], [SPEC, OTHER]),
+        (["--kernel", "read_pages"], BENCHMARK_SPECS),
+        (["--kernel", "read_pages", "--kernel", "mla_decode"], [*select_specs(), *BENCHMARK_SPECS]),
         (["--arch", "cpu", "--arch", "sm_90a", "--dtype", "float16"], select_specs(dtypes=["float16"])),
         (["--head-dim-qk", "576", "--page-block-size", "64", "--arch", "cpu", "--dtype", "bfloat16"], [SPEC]),
     ],

@@ -8,8 +8,10 @@ import tvm_ffi
 from small_programs import make_spilling, make_tma_wgmma, make_two_kernels
 from tilemla.codegen.build import build_module, build_programs
 from tilemla.codegen.errors import BuildError
+from tilemla.codegen.lower import lower_program
+from tilemla.dsl import make_programs
 from tilemla.errors import ToolchainError
-from tilemla.spec import select_specs
+from tilemla.spec import BENCHMARK_SPECS, KernelSpec, select_specs
 from tilemla.toolchain import find_cuda_toolkit
 
 SMEM_LIMIT_BYTES = 227 * 1024
@@ -111,3 +113,29 @@ def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
     module = tvm_ffi.load_module(str(entry.library))
     for program in ("get_mla_metadata", "mla_decode"):
         assert module.get_function(program) is not None
+
+
+@pytest.mark.parametrize("spec", BENCHMARK_SPECS, ids=lambda spec: spec.name)
+def test_reading_pages_is_tma_and_nothing_else(spec, tmp_path):
+    entry = build_module(spec, tmp_path)
+    assert entry.manifest.programs == ("read_pages",)
+    [kernel] = entry.manifest.kernels
+    assert (kernel.threads, kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (32, 0, 0, 0)
+    # Three pages are in flight; two CTAs do not fit on an SM.
+    assert kernel.smem_dynamic_bytes == 3 * 64 * 576 * 2
+    ptx = text_of(entry, "read_pages.ptx")
+    check_ptx(ptx)
+    # All nine boxes of a page, each written once in the text.
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.4d\.shared::(?:cta|cluster)\.global\.mbarrier", ptx)) == 9
+    assert "wgmma" not in ptx and not re.search(r"\b(ld\.shared|st\.global|fma|ex2)\b", ptx)
+
+
+def test_pages_are_read_through_the_tensor_map_of_decode():
+    maps = []
+    for kernel in ("read_pages", "mla_decode"):
+        program = make_programs(KernelSpec(kernel=kernel))[kernel]
+        lowered = lower_program(kernel, program, "sm_90a")
+        [tensor_map] = (each for each in lowered.tensor_maps if each.data_name == "kcache")
+        maps.append(str(tensor_map))
+    assert "box=(64, 64, 1, 1)" in maps[0]
+    assert maps[0] == maps[1]

@@ -77,11 +77,11 @@ def test_stock_tvm_gets_the_same_numbers(tmp_path):
     )
     assert done.returncode == 0, done.stderr
 
-    module = open_module(entry)
-    module.get_mla_metadata(
+    functions = open_module(entry).functions
+    functions["get_mla_metadata"](
         *(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")), 1, 16, 1, 1, -1
     )
-    module.mla_decode(*arguments.values(), SCALE_LOG2, math.log(2.0), 1, 3, -1, -1, 0)
+    functions["mla_decode"](*arguments.values(), SCALE_LOG2, math.log(2.0), 1, 3, -1, -1, 0)
     results = np.load(tmp_path / "results.npz")
     for name in ("out", "softmax_lse", "num_splits"):
         np.testing.assert_array_equal(results[name], arguments[name].numpy())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tilemla.cli.options import repeatable, spec_options
-from tilemla.spec import PRESETS, KernelSpec, select_specs
+from tilemla.spec import KERNELS, PRESETS, KernelSpec, select_specs
 
 if TYPE_CHECKING:
     from tilemla.generate import Outcome
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 @click.command()
 @repeatable(
     "--preset", "presets", list(PRESETS), "Modules of a model. Default: all that there are; what follows narrows it"
+)
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    type=click.Choice(list(KERNELS)),
+    default=("mla_decode",),
+    show_default=True,
+    help="What the modules are for: decode calls, or read_pages, which `tilemla bench` compares with on a GPU; may be "
+    "given repeatedly.",
 )
 @spec_options("sm_90a and cpu")
 @click.option("--jobs", "-j", default=0, type=click.IntRange(min=0), help="Modules built at once. Default: the cores.")
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def build(
+    kernels: tuple[str, ...],
     presets: tuple[str, ...],
     archs: tuple[str, ...],
     dtypes: tuple[str, ...],
@@ -56,9 +67,11 @@ def build(
       tilemla build --preset deepseek-v3                        into the cache, where decode calls find them
       tilemla build --arch sm_90a --dtype bfloat16 --out-dir m  into m/, for TILEMLA_MODULE_PATH
       tilemla build --preset deepseek-v3 --arch sm_90a --wheel --out-dir dist
+      tilemla build --kernel mla_decode --kernel read_pages --arch sm_90a --out-dir m   for a benchmark elsewhere
       tilemla build --dry-run --json
     """  # noqa: D301
     specs = select_specs(
+        kernels=kernels,
         presets=presets,
         archs=archs,
         dtypes=dtypes,

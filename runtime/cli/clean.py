@@ -18,10 +18,10 @@ from tilemla import env
 from tilemla.cli.output import format_size, make_console, tree_size
 from tilemla.errors import ModuleNotBuiltError
 from tilemla.manifest import ManifestError, manifest_path
-from tilemla.spec import ARCHS
-from tilemla.store import ENTRY_PREFIX, check_private, iter_entries, lock_path, search_path, set_aside
+from tilemla.spec import ARCHS, KERNELS
+from tilemla.store import check_private, iter_entries, lock_path, search_path, set_aside
 
-_NAME = rf"{ENTRY_PREFIX}\w+"
+_NAME = rf"(?:{'|'.join(KERNELS)})_\w+"
 _STORE = re.compile(rf"(?P<version>[^-]+)-(?:{'|'.join(ARCHS)})-.+-[0-9a-f]{{16}}(\+[\w-]+)?")
 _ENTRY = re.compile(rf"(?P<name>{_NAME})")
 _WORK = re.compile(rf"\.(?P<name>{_NAME})\.(?P<what>building|damaged)-\w+")

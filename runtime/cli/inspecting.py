@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from tilemla.manifest import Manifest, ManifestError, manifest_path, read_manifest, verify_library
-from tilemla.spec import ARCHS, SUPPORTED_SPECS
+from tilemla.spec import ARCHS, BENCHMARK_SPECS, KERNELS, SUPPORTED_SPECS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_PROGRAMS = ("get_mla_metadata", "mla_decode")
+_PROGRAMS = [program for programs in KERNELS.values() for program in programs]
 
 
 class _Kind(NamedTuple):
@@ -109,18 +109,18 @@ def _manifest_in(folder: Path) -> Path:
 def _search(name: str) -> Path:
     from tilemla.store import entry_dir, iter_cache_stores, search_path
 
-    spec = next((spec for spec in SUPPORTED_SPECS if spec.name == name), None)
+    spec = next((spec for spec in SUPPORTED_SPECS + BENCHMARK_SPECS if spec.name == name), None)
     if spec is None:
-        names = "".join(f"\n  {spec.name}" for spec in SUPPORTED_SPECS)
+        names = "".join(f"\n  {spec.name}" for spec in SUPPORTED_SPECS + BENCHMARK_SPECS)
         raise click.UsageError(f"there is no file, folder or spec {name!r}; specs are:{names}")
     stores = dict.fromkeys([*(place.store for place in search_path(spec.arch)), *iter_cache_stores()])
     for store in stores:
         if entry_dir(store, name).is_dir():
             return manifest_path(entry_dir(store, name), name)
     looked = "".join(f"\n  {store}" for store in stores)
-    raise click.ClickException(
-        f"{name} is not built: `tilemla build --arch {spec.arch} --dtype {spec.dtype}` builds it; looked in:{looked}"
-    )
+    kernel = f"--kernel {spec.kernel} " if spec.kernel != "mla_decode" else ""
+    options = f"{kernel}--arch {spec.arch} --dtype {spec.dtype}"
+    raise click.ClickException(f"{name} is not built: `tilemla build {options}` builds it; looked in:{looked}")
 
 
 def _read(path: Path) -> Manifest:
