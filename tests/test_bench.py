@@ -1,6 +1,7 @@
 """The benchmark: what it times, that its ratios are right, and that a peer is called as it wants to be."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -12,8 +13,9 @@ import torch
 from bench_records import H100_LOG, context_of, record_of
 from tilemla.bench.cases import CASE_LISTS, GridCase, grid_cases, select_cases, small_cases
 from tilemla.bench.inputs import make_inputs
-from tilemla.bench.peers import OURS, find_peers
-from tilemla.bench.record import PeerTime, Record, TimingMode
+from tilemla.bench.jobs import Job, plan_jobs
+from tilemla.bench.peers import OURS, FlashMLA, find_peers
+from tilemla.bench.record import PeerTime, Record, Reference, TimingMode
 from tilemla.bench.run import measure
 from tilemla.bench.timing import Timer
 
@@ -147,6 +149,103 @@ def test_replays_of_a_graph_have_no_host_time(monkeypatch):
     clock = ScriptedClock({"tilemla": [10.0]})
     context = context_of(timing=TimingMode("dirty", graph=True, rounds=1))
     assert measure(GridCase(1, 20, 16, 1), context, [], clock, CPU).host_time_us is None
+
+
+class FakeReader:
+    """Reads nothing."""
+
+    def prepare(self, case, inputs):
+        def call():
+            return None
+
+        call.__name__ = "reader"
+        return call
+
+
+def test_references_are_timed_in_turn_with_ours(monkeypatch):
+    ours = Named("tilemla")
+    monkeypatch.setattr("tilemla.bench.run.OURS", ours)
+    prepared = []
+    monkeypatch.setattr(
+        ours, "prepare", lambda case, inputs: prepared.append(case) or Named.prepare(ours, case, inputs)
+    )
+    clock = ScriptedClock({"tilemla": [10.0, 9.0, 18.0, 20.0], "reader": [8.0, 18.0], "other": [20.0, 60.0]})
+    bound_by_memory = context_of(timing=TimingMode("none", rounds=2), matmul_tflops=1e6)
+    case = GridCase(2, 100, 16, 1, is_varied=True)
+    record = measure(case, bound_by_memory, [Named("other")], clock, CPU, reader=FakeReader(), with_even=True)
+    # The even call is ours, too: 9 of the first round, 18 of the second.
+    assert clock.order == ["tilemla", "reader", "tilemla", "other", "other", "tilemla", "reader", "tilemla"]
+    assert record.time_us == 15.0
+    assert record.read_only == Reference(13.0, pytest.approx((0.8 + 0.9) / 2))
+    assert record.even == Reference(13.5, pytest.approx(0.9))
+    assert record.peers == (PeerTime("other", 40.0, 2.5, 30.0),)
+    [varied, even] = prepared
+    assert (varied, even.total_tokens) == (case, case.total_tokens)
+    assert max(even.lengths) - min(even.lengths) <= 1
+
+
+def test_what_arithmetic_bounds_is_not_compared_with_reading(monkeypatch):
+    monkeypatch.setattr("tilemla.bench.run.OURS", Named("tilemla"))
+    context = context_of(timing=TimingMode("none", rounds=1), matmul_tflops=1e-6)
+    clock = ScriptedClock({"tilemla": [10.0]})
+    assert measure(GridCase(2, 20, 16, 1), context, [], clock, CPU, reader=FakeReader()).read_only is None
+    assert clock.order == ["tilemla"]
+
+
+def test_planning_is_timed_of_those_who_plan(monkeypatch):
+    class PlanningClock(ScriptedClock):
+        def time_us(self, call):
+            if isinstance(call, functools.partial):
+                metadata, _ = call()
+                assert metadata.shape == (8, 8)
+                self.order.append("plan")
+                return 7.0
+            return 10.0
+
+        def host_time_us(self, call):
+            return None
+
+    clock = PlanningClock({})
+    context = context_of(timing=TimingMode("none", rounds=1))
+    peers = [Named("without"), FlashMLA("alike", OURS.api)]
+    record = measure(GridCase(2, 20, 16, 1), context, peers, clock, CPU, with_planning=True)
+    assert clock.order == ["plan", "plan"]
+    assert record.planning_us == 7.0
+    assert [(peer.name, peer.planning_us) for peer in record.peers] == [("without", None), ("alike", 7.0)]
+
+
+def test_targets_are_a_run_of_every_list_in_its_mode():
+    jobs = plan_jobs(["targets"], dtype="float16")
+    assert {job.case.dtype for job in jobs} == {"float16"}
+    modes = {}
+    for job in jobs:
+        modes.setdefault((job.case_list, job.flush, job.graph), []).append(job)
+    assert {key: len(found) for key, found in modes.items()} == {
+        ("grid", "dirty", False): 32,
+        ("grid", "clean", False): 6,
+        ("long", "dirty", False): 1,
+        ("small", "dirty", False): 18,
+        ("imbalanced", "dirty", False): 1,
+        ("planning", "dirty", False): 3,
+        ("small", "dirty", True): 1,
+    }
+    assert all(
+        job.with_even == (job.case.is_varied and job.case_list == "grid" and job.flush == "dirty") for job in jobs
+    )
+    assert [job.case.batch_size for job in jobs if job.with_planning] == [1, 128, 1024]
+    assert {(job.case.num_heads_q, job.case.seq_len_q) for job in modes["grid", "clean", False]} == {
+        (heads, 1) for heads in (16, 32, 64)
+    }
+    [graph] = modes["small", "dirty", True]
+    assert str(graph.case) == "b1 L1024 h16k1 s1 causal fp16"
+
+
+def test_jobs_of_a_list_have_the_mode_of_the_run():
+    [job] = plan_jobs(["small", "cpu"], match="b32 L65536 h128", flush="clean", graph=True)
+    assert job == Job("small", GridCase(32, 65536, 128, 1), "clean", graph=True)
+    with pytest.raises(ValueError, match="stands alone, got grid, targets"):
+        plan_jobs(["grid", "targets"])
+    assert len(plan_jobs(["targets"], match="b1 L1024 h16k1")) == 2
 
 
 @pytest.mark.parametrize(

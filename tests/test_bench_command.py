@@ -66,8 +66,8 @@ def test_json_document(tiny_run):
     assert first["versions"]["own_mla"] == "9.8"
     assert first["timing"] == {"flush": "none", "graph": False, "rounds": 2, "rep_ms": 1}
     assert first["spec"]["arch"] == first["gpu"] == "cpu"
-    [summary] = document["summaries"]
-    assert (summary["peer"], summary["num_cases"]) == ("own_mla", 2)
+    found = {(summary["quantity"], summary["peer"]): summary["num_cases"] for summary in document["summaries"]}
+    assert found["peer/ours", "own_mla"] == 2
 
 
 def test_log_holds_the_same_records(tiny_run):
@@ -136,8 +136,8 @@ def test_a_peer_that_fails_in_a_case_is_named_below_the_table(monkeypatch, tmp_p
             1,
             "no case's name contains 'b9'; names are like 'b2 L256",
         ),
-        (["--device", "cpu", "--graph"], 2, "--graph and --clean are about a GPU"),
-        (["--device", "cpu", "--clean"], 2, "--graph and --clean are about a GPU"),
+        (["--device", "cpu", "--graph"], 2, "--graph, --clean and --cases targets are about a GPU"),
+        (["--device", "cpu", "--clean"], 2, "--graph, --clean and --cases targets are about a GPU"),
         (["--peer", "none", "--peer", "json"], 2, "stand alone, got none, json"),
         (["--cases", "huge"], 2, "'huge' is not one of"),
         (["--rounds", "0"], 2, "0 is not in the range"),

@@ -1,17 +1,21 @@
 """What was measured: logs that are written, read and summed up, and the picture that is drawn of them."""
 
+import dataclasses
+import io
 import itertools
 import json
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from bench_records import H100_LOG, assert_picture, context_of, record_of, run_bench
 from tilemla.bench.cases import GridCase, select_cases
-from tilemla.bench.record import PeerTime, Record, TimingMode, append_log, latest, read_log
-from tilemla.bench.report import make_document, summarize
+from tilemla.bench.record import PeerTime, Record, Reference, TimingMode, append_log, latest, read_log
+from tilemla.bench.report import make_document, make_table, summarize, summary_lines
 from tilemla.bench.roofline import make_roofline
+from tilemla.spec import KernelSpec
 
 
 @pytest.fixture
@@ -35,6 +39,7 @@ def test_a_logged_line_means_what_it_meant():
     for line in H100_LOG.read_text().splitlines():
         old = json.loads(line)
         new = json.loads(json.dumps(Record.from_dict(old).to_dict()))
+        assert KernelSpec.from_dict(old.pop("spec")) == KernelSpec.from_dict(new["spec"])  # which may have more fields
         for key, value in old.items():
             # The ceilings were kept as whole numbers, so that what follows from them differs a little.
             assert new[key] == (pytest.approx(value, rel=5e-4) if isinstance(value, float) else value), key
@@ -57,7 +62,10 @@ def test_a_record_comes_back_from_a_log_as_it_was(tmp_path):
     record = record_of(
         case=GridCase.of_lengths((5, 15), 16, 4),
         host_time_us=40.0,
-        peers=(PeerTime("a", 150.0, 1.5, 30.0), PeerTime("b", 90.0, 0.9)),
+        peers=(PeerTime("a", 150.0, 1.5, 30.0, 8.0), PeerTime("b", 90.0, 0.9)),
+        read_only=Reference(80.0, 0.8),
+        even=Reference(95.0, 0.95),
+        planning_us=6.0,
         failures={"c": "ValueError: no"},
         case_list="imbalanced",
         context=context_of(timing=TimingMode("clean", graph=True, rounds=9, rep_ms=30)),
@@ -68,6 +76,10 @@ def test_a_record_comes_back_from_a_log_as_it_was(tmp_path):
     assert (fields["peer"], fields["peer_time_us"], fields["peer_over_ours"]) == ("a", 150.0, 1.5)
     assert [peer["peer"] for peer in fields["other_peers"]] == ["b"]
     assert fields["shape"]["lengths"] == [5, 15]
+    assert (fields["read_only_us"], fields["read_only_over_ours"], fields["even_us"]) == (80.0, 0.8, 95.0)
+    assert (fields["planning_us"], fields["peer_planning_us"]) == (6.0, 8.0)
+    bare = record_of(peers=(PeerTime("a", 150.0, 1.5),)).to_dict()
+    assert not [name for name in bare if "read_only" in name or "even" in name or "planning" in name]
 
 
 def test_the_latest_line_of_a_case_counts_and_modes_stay_apart(tmp_path):
@@ -126,19 +138,59 @@ def test_several_devices_in_a_log_are_refused(tmp_path):
     assert "several devices, NVIDIA H100, cpu" in result.stderr
 
 
-def test_summaries_are_of_each_list_and_peer():
+def test_summaries_are_of_each_list_mode_and_quantity():
+    no_ceilings = context_of(matmul_tflops=None)
+    clean = context_of(matmul_tflops=None, timing=TimingMode("clean"))
+    other = GridCase(2, 256, 64, 1)
     records = [
-        record_of(case_list="grid", peers=(PeerTime("a", 1.0, 2.0), PeerTime("b", 1.0, 1.0))),
-        record_of(GridCase(2, 256, 64, 1), case_list="grid", peers=(PeerTime("a", 1.0, 0.5),)),
-        record_of(case_list="small", peers=(PeerTime("a", 1.0, 3.0),)),
+        record_of(context=no_ceilings, case_list="grid", peers=(PeerTime("a", 1.0, 2.0), PeerTime("b", 1.0, 1.0))),
+        record_of(other, context=no_ceilings, case_list="grid", peers=(PeerTime("a", 1.0, 0.5),)),
+        record_of(context=clean, case_list="grid", read_only=Reference(1.0, 0.9), even=Reference(1.0, 0.8)),
+        record_of(context=no_ceilings, case_list="small", peers=(PeerTime("a", 1.0, 3.0),)),
     ]
     found = [
-        (each.case_list, each.peer, each.num_cases, round(each.geometric_mean, 6), each.least)
+        (each.case_list, each.mode, each.quantity, each.peer, each.num_cases, round(each.geometric_mean, 6), each.least)
         for each in summarize(records)
     ]
-    assert found == [("grid", "a", 2, 1.0, 0.5), ("grid", "b", 1, 1.0, 1.0), ("small", "a", 1, 3.0, 3.0)]
+    assert found == [
+        ("grid", "dirty", "peer/ours", "a", 2, 1.0, 0.5),
+        ("grid", "dirty", "peer/ours", "b", 1, 1.0, 1.0),
+        ("grid", "clean", "read-only/ours", "", 1, 0.9, 0.9),
+        ("grid", "clean", "even/ours", "", 1, 0.8, 0.8),
+        ("small", "dirty", "peer/ours", "a", 1, 3.0, 3.0),
+    ]
     assert summarize(records)[0].least_case == "b2 L256 h64k1 s1 causal bf16"
     assert make_document(records, {"c": "absent"})["missing_peers"] == {"c": "absent"}
+    assert "targets" not in make_document(records, {})
+    lines = summary_lines(records)
+    assert lines[0] == "grid, dirty: a over ours: geometric mean 1.000 of 2, least 0.500 (b2 L256 h64k1 s1 causal bf16)"
+    assert lines[2].startswith("grid, clean: read-only over ours: geometric mean 0.900 of 1, ")
+
+
+def test_shares_of_ceilings_are_of_the_one_that_bounds():
+    # 20 GB/s and 0.1 TFLOPS bound this case by arithmetic, 20 GB/s and 100 TFLOPS by memory.
+    records = [record_of(), record_of(context=context_of(matmul_tflops=100.0))]
+    found = {each.quantity: each.geometric_mean for each in summarize(records)}
+    assert found == {
+        "of matmul": pytest.approx(records[0].tflops / 0.1),
+        "of read bandwidth": pytest.approx(records[1].bandwidth_gbs / 20),
+    }
+    assert [record.context.is_memory_bound(record.case) for record in records] == [False, True]
+
+
+def test_columns_and_modes_appear_where_there_is_something_to_show():
+    def header_of(records):
+        console = Console(width=200, file=io.StringIO())
+        console.print(make_table(records))
+        return console.file.getvalue().splitlines()[1].split()
+
+    rates = ["us", "TFLOPS", "GB/s", "floor/ours"]
+    assert header_of([record_of()]) == ["case", *rates]
+    rich = record_of(read_only=Reference(1.0, 0.9), context=context_of(timing=TimingMode("clean", graph=True)))
+    assert header_of([rich]) == ["case", *rates, "read-only", "us", "/", "ours"]
+    assert header_of([record_of(planning_us=5.0), rich])[:2] == ["case", "flush"]
+    lines = summary_lines([record_of(planning_us=5.04, peers=(PeerTime("a", 1.0, 2.0, planning_us=9.0),))])
+    assert lines[-1] == f"{record_of().case}: get_mla_metadata 5.0 us, a 9.0 us"
 
 
 def many_records():
@@ -173,6 +225,15 @@ def test_points_are_where_their_rates_are():
     ours = sorted((x, y) for label, points in lines.items() if label.startswith("tilemla") for x, y in points)
     assert ours == sorted((record.case.flop / record.case.num_bytes, record.tflops) for record in records)
     assert sorted(y for _, y in lines["a"]) == pytest.approx(sorted(record.tflops / 1.3 for record in records))
+
+
+def test_the_measured_floor_is_drawn_where_there_is_one():
+    records = many_records()
+    assert "the pages read only" not in make_roofline(records).axes[0].get_legend_handles_labels()[1]
+    records[3] = dataclasses.replace(records[3], read_only=Reference(200.0, 0.9))
+    [axes] = make_roofline(records).axes
+    [line] = (line for line in axes.lines if line.get_label() == "the pages read only")
+    assert line.get_xydata().tolist() == [[records[3].intensity, pytest.approx(records[3].case.flop / 200e6)]]
 
 
 def test_labels_are_many_and_do_not_touch():

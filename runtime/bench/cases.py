@@ -128,6 +128,18 @@ class GridCase:
         elements = self.num_heads_k * self.total_tokens * HEAD_DIM_QK + queries * (HEAD_DIM_QK + HEAD_DIM_V)
         return BYTES_PER_ELEMENT * elements
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages that hold the tokens: what is read of the cache by whoever reads whole pages."""
+        num_pages = sum(-(-length // PAGE_BLOCK_SIZE) for length in self.make_lengths())
+        return BYTES_PER_ELEMENT * num_pages * PAGE_BLOCK_SIZE * self.num_heads_k * HEAD_DIM_QK
+
+    def spread_evenly(self) -> GridCase:
+        """The case whose requests share the same tokens evenly: what is left to gain by balancing."""
+        share, rest = divmod(self.total_tokens, self.batch_size)
+        lengths = tuple(share + (request < rest) for request in range(self.batch_size))
+        return dataclasses.replace(self, mean_length=share, is_varied=False, has_zero_lengths=False, lengths=lengths)
+
 
 def grid_cases() -> Iterator[GridCase]:
     """The 32 cases that FlashMLA publishes times of."""
@@ -149,12 +161,21 @@ def imbalanced_cases() -> Iterator[GridCase]:
 
 
 def even_cases() -> Iterator[GridCase]:
-    """The varied cases of the grid, the same tokens spread evenly: what is left to gain by balancing."""
+    """The varied cases of the grid, the same tokens spread evenly."""
     for case in grid_cases():
         if case.is_varied:
-            share, rest = divmod(case.total_tokens, case.batch_size)
-            lengths = [share + (request < rest) for request in range(case.batch_size)]
-            yield GridCase.of_lengths(lengths, case.num_heads_q, case.seq_len_q)
+            yield case.spread_evenly()
+
+
+def long_cases() -> Iterator[GridCase]:
+    """The longest case that FlashMLA publishes a time of."""
+    yield GridCase(128, 32768, 128, 2, is_varied=True)
+
+
+def planning_cases() -> Iterator[GridCase]:
+    """Batches from one request to many: how long ``get_mla_metadata`` takes is timed with these."""
+    for batch_size in (1, 128, 1024):
+        yield GridCase(batch_size, 1024, 16, 1, is_varied=True)
 
 
 # By batch size, lengths that are fixed and, where negative, the mean of varied ones.
@@ -192,6 +213,8 @@ CASE_LISTS: dict[str, Callable[[], Iterator[GridCase]]] = {
     "imbalanced": imbalanced_cases,
     "even": even_cases,
     "tune": tune_cases,
+    "long": long_cases,
+    "planning": planning_cases,
     "cpu": cpu_cases,
 }
 DEFAULT_LISTS = {"cuda": ("grid", "small", "imbalanced"), "cpu": ("cpu",)}

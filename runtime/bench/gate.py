@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,16 +45,24 @@ class Baseline:
         """The recorded time of a peer over ours; None where there is no record."""
         return self._ratios.get(_key(context, case, peer))
 
-    def require(self, context: RunContext, cases: Iterable[GridCase], peers: Sequence[str]) -> None:
+    def require(self, measurements: Sequence[tuple[RunContext, GridCase]], peers: Sequence[str]) -> None:
         """Make sure that a run has something to be compared with.
+
+        Parameters
+        ----------
+        measurements : sequence of (RunContext, GridCase)
+            What it measures, at least one.
+        peers : sequence of str
+            Whom it measures beside.
 
         Raises
         ------
         GateError
-            When no case has a record beside any of the peers, on the run's device and in its mode.
+            When no case has a record beside any of the peers, on its device and in its mode.
         """
-        if any(self.ratio(context, case, peer) is not None for case in cases for peer in peers):
+        if any(self.ratio(context, case, peer) is not None for context, case in measurements for peer in peers):
             return
+        context, _ = measurements[0]
         timing = context.timing
         asked = _describe(context.gpu, timing.flush, timing.graph, ", ".join(peers) or "no peer")
         held = {_describe(gpu, flush, graph, peer) for gpu, flush, graph, _, peer in self._ratios}
@@ -100,7 +108,7 @@ def compare(records: Sequence[Record], baseline: Baseline, tolerance: float) -> 
     Parameters
     ----------
     records : sequence of Record
-        At least one, all of the same device and mode.
+        At least one.
     baseline : Baseline
         What they are compared with.
     tolerance : float
@@ -113,7 +121,7 @@ def compare(records: Sequence[Record], baseline: Baseline, tolerance: float) -> 
         When there is nothing to compare.
     """
     names = dict.fromkeys(name for record in records for name in _measured_ratios(record))
-    baseline.require(records[0].context, [record.case for record in records], list(names))
+    baseline.require([(record.context, record.case) for record in records], list(names))
     changes = []
     not_compared = {}
     for record in records:

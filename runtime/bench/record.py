@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tilemla.bench.cases import GridCase
 from tilemla.spec import KernelSpec
@@ -22,6 +22,11 @@ class TimingMode:
     graph: bool = False
     rounds: int = 5
     rep_ms: int = 60
+
+    @property
+    def short(self) -> str:
+        """The mode in a word or two: how L2 is flushed, and whether a graph is replayed."""
+        return f"{self.flush} graph" if self.graph else self.flush
 
     def __str__(self) -> str:
         call = "replays of a CUDA graph" if self.graph else "whole calls"
@@ -57,6 +62,12 @@ class RunContext:
     matmul_tflops: float | None
     timing: TimingMode = TimingMode()
 
+    def is_memory_bound(self, case: GridCase) -> bool | None:
+        """Whether the bytes of a case take longer than its arithmetic; None without ceilings."""
+        if self.read_bandwidth_gbs is None or self.matmul_tflops is None:
+            return None
+        return case.num_bytes / self.read_bandwidth_gbs >= case.flop / self.matmul_tflops * 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class PeerTime:
@@ -72,12 +83,22 @@ class PeerTime:
         Median of its time over ours in the same round: above 1, ours is faster.
     host_time_us : float or None
         Microseconds that its call keeps the host busy.
+    planning_us : float or None
+        Median time of its ``get_mla_metadata``, where that was timed.
     """
 
     name: str
     time_us: float
     over_ours: float
     host_time_us: float | None = None
+    planning_us: float | None = None
+
+
+class Reference(NamedTuple):
+    """What ours is compared with, timed in turn with it: its median time, and the median of its time over ours."""
+
+    time_us: float
+    over_ours: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +121,12 @@ class Record:
         Why a peer has no time for this case, by name.
     case_list : str
         The list that the case is of; empty in old logs.
+    read_only : Reference or None
+        A kernel that reads the pages of the call and does nothing with them; None where it was not timed.
+    even : Reference or None
+        Our call with the same tokens spread evenly over the requests; None where it was not timed.
+    planning_us : float or None
+        Median time of our ``get_mla_metadata``; None where it was not timed.
     """
 
     context: RunContext
@@ -109,6 +136,9 @@ class Record:
     peers: tuple[PeerTime, ...] = ()
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     case_list: str = ""
+    read_only: Reference | None = None
+    even: Reference | None = None
+    planning_us: float | None = None
 
     @property
     def tflops(self) -> float:
@@ -145,6 +175,9 @@ class Record:
             "bandwidth_gbs": self.bandwidth_gbs,
             "flop": self.case.flop,
             "num_bytes": self.case.num_bytes,
+            **_reference_fields("read_only", self.read_only),
+            **_reference_fields("even", self.even),
+            **_planning_fields("planning_us", self.planning_us),
         }
         peers = [_peer_fields(peer) for peer in self.peers]
         fields |= peers[0] if peers else {"peer": None}
@@ -191,6 +224,9 @@ class Record:
             peers=tuple(_peer_of(peer) for peer in (*peers, *fields.get("other_peers", ()))),
             failures=dict(fields.get("peer_failures", {})),
             case_list=fields.get("case_list", ""),
+            read_only=_reference_of("read_only", fields),
+            even=_reference_of("even", fields),
+            planning_us=fields.get("planning_us"),
         )
 
 
@@ -226,11 +262,30 @@ def _peer_fields(peer: PeerTime) -> dict[str, Any]:
         "peer_time_us": peer.time_us,
         "peer_over_ours": peer.over_ours,
         "peer_host_time_us": peer.host_time_us,
+        **_planning_fields("peer_planning_us", peer.planning_us),
     }
 
 
 def _peer_of(fields: Mapping[str, Any]) -> PeerTime:
-    return PeerTime(fields["peer"], fields["peer_time_us"], fields["peer_over_ours"], fields.get("peer_host_time_us"))
+    return PeerTime(
+        fields["peer"],
+        fields["peer_time_us"],
+        fields["peer_over_ours"],
+        fields.get("peer_host_time_us"),
+        fields.get("peer_planning_us"),
+    )
+
+
+def _reference_fields(name: str, reference: Reference | None) -> dict[str, float]:
+    return {} if reference is None else {f"{name}_us": reference.time_us, f"{name}_over_ours": reference.over_ours}
+
+
+def _reference_of(name: str, fields: Mapping[str, Any]) -> Reference | None:
+    return Reference(fields[f"{name}_us"], fields[f"{name}_over_ours"]) if f"{name}_us" in fields else None
+
+
+def _planning_fields(name: str, planning_us: float | None) -> dict[str, float]:
+    return {} if planning_us is None else {name: planning_us}
 
 
 def rounded(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tilemla.bench.record import PeerTime, Record, rounded
+from tilemla.bench.targets import Result, as_dicts
 
 
 def peer_names(records: Sequence[Record]) -> list[str]:
@@ -23,9 +24,28 @@ def _time_of(record: Record, name: str) -> PeerTime | None:
 
 
 class Summary(NamedTuple):
-    """A peer over a list of cases: ratios of its time to ours, above 1 where ours is faster."""
+    """One quantity over the cases of a list that were measured in one mode.
+
+    Parameters
+    ----------
+    case_list, mode : str
+        The list, and ``TimingMode.short`` of its records.
+    quantity : str
+        ``"peer/ours"``, ``"read-only/ours"`` and ``"even/ours"``, ratios of times; ``"of read bandwidth"`` and ``"of
+        matmul"``, what is reached of the ceiling by the cases that it bounds. All of them: more is better.
+    peer : str
+        Whose time, for ``"peer/ours"``; else empty.
+    num_cases : int
+        Cases in which the quantity was measured.
+    geometric_mean, least : float
+        Of the quantity.
+    least_case : str
+        The case that has the least.
+    """
 
     case_list: str
+    mode: str
+    quantity: str
     peer: str
     num_cases: int
     geometric_mean: float
@@ -33,15 +53,33 @@ class Summary(NamedTuple):
     least_case: str
 
 
+def _quantities(record: Record) -> dict[tuple[str, str], float]:
+    """What is summed up of a record, by quantity and peer."""
+    found = {("peer/ours", peer.name): peer.over_ours for peer in record.peers}
+    if record.read_only is not None:
+        found["read-only/ours", ""] = record.read_only.over_ours
+    if record.even is not None:
+        found["even/ours", ""] = record.even.over_ours
+    is_memory_bound, share = record.context.is_memory_bound(record.case), record.floor_over_ours
+    if share is not None:
+        found["of read bandwidth" if is_memory_bound else "of matmul", ""] = share
+    return found
+
+
 def summarize(records: Sequence[Record]) -> list[Summary]:
-    """Sum up each list of cases for each peer that was timed in it."""
+    """Sum up each list of cases in each mode, quantity by quantity."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.case_list, record.context.timing.short), []).append(record)
     summaries = []
-    for case_list in dict.fromkeys(record.case_list for record in records):
-        members = [record for record in records if record.case_list == case_list]
-        for name in peer_names(members):
-            timed = [(peer.over_ours, str(record.case)) for record in members if (peer := _time_of(record, name))]
-            mean = statistics.geometric_mean(ratio for ratio, _ in timed)
-            summaries.append(Summary(case_list, name, len(timed), mean, *min(timed)))
+    for (case_list, mode), members in groups.items():
+        values: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for record in members:
+            for key, value in _quantities(record).items():
+                values.setdefault(key, []).append((value, str(record.case)))
+        for (quantity, peer), found in values.items():
+            mean = statistics.geometric_mean(value for value, _ in found)
+            summaries.append(Summary(case_list, mode, quantity, peer, len(found), mean, *min(found)))
     return summaries
 
 
@@ -60,7 +98,26 @@ def describe_run(records: Sequence[Record]) -> str:
         parts.append(f"{context.matmul_tflops:.{decimals}f} TFLOPS matmul")
     dates = [record.context.date for record in records]
     when = max(dates) if len(set(dates)) == 1 else f"{min(dates)} to {max(dates)}"
-    return ", ".join(parts) + f"; {context.timing}; {when}"
+    modes = dict.fromkeys(str(record.context.timing) for record in records)
+    return "; ".join([", ".join(parts), *modes, when])
+
+
+class _Column(NamedTuple):
+    """A column that a table has when one of its records has something to show there."""
+
+    header: str
+    value: Callable[[Record], float | None]
+    decimals: int
+
+
+_OPTIONAL_COLUMNS = (
+    _Column("host us", lambda record: record.host_time_us, 1),
+    _Column("read-only us", lambda record: record.read_only and record.read_only.time_us, 1),
+    _Column("/ ours", lambda record: record.read_only and record.read_only.over_ours, 3),
+    _Column("even us", lambda record: record.even and record.even.time_us, 1),
+    _Column("/ ours", lambda record: record.even and record.even.over_ours, 3),
+    _Column("plan us", lambda record: record.planning_us, 1),
+)
 
 
 def make_table(records: Sequence[Record]) -> Table:
@@ -69,29 +126,32 @@ def make_table(records: Sequence[Record]) -> Table:
     Parameters
     ----------
     records : sequence of Record
-        At least one; a new list of cases begins a new section.
+        At least one; a new list of cases, or another mode, begins a new section.
     """
     names = peer_names(records)
-    has_host_times = any(record.host_time_us is not None for record in records)
+    columns = [column for column in _OPTIONAL_COLUMNS if any(column.value(record) is not None for record in records)]
+    modes = {record.context.timing.short for record in records}
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("case", no_wrap=True)
-    headers = ["us", "TFLOPS", "GB/s", "floor/ours", *(["host us"] if has_host_times else [])]
+    if len(modes) > 1:
+        table.add_column("flush", no_wrap=True)
+    headers = ["us", "TFLOPS", "GB/s", "floor/ours", *(column.header for column in columns)]
     for header in headers + [header for name in names for header in (f"{name} us", "/ ours")]:
         table.add_column(header, justify="right")
-    previous = records[0].case_list
+    previous = _section_of(records[0])
     for record in records:
-        if record.case_list != previous:
+        if _section_of(record) != previous:
             table.add_section()
-            previous = record.case_list
+            previous = _section_of(record)
         cells: list[str | Text] = [
             Text(str(record.case)),
+            *([record.context.timing.short] if len(modes) > 1 else []),
             _text(record.time_us, 1),
             _text(record.tflops, 1 if record.tflops >= 1 else 4),
             _text(record.bandwidth_gbs, 0 if record.bandwidth_gbs >= 10 else 3),
             _text(record.floor_over_ours, 3),
+            *(_text(column.value(record), column.decimals) for column in columns),
         ]
-        if has_host_times:
-            cells.append(_text(record.host_time_us, 1))
         for name in names:
             peer = _time_of(record, name)
             if peer is None:
@@ -105,22 +165,46 @@ def make_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def _section_of(record: Record) -> tuple[str, str]:
+    return record.case_list, record.context.timing.short
+
+
 def summary_lines(records: Sequence[Record]) -> list[str]:
-    """The summaries as text, and why a case has no time of a peer."""
-    lines = [
-        f"{summary.case_list or 'cases'}: {summary.peer} over ours: geometric mean {summary.geometric_mean:.3f} "
-        f"of {summary.num_cases}, least {summary.least:.3f} ({summary.least_case})"
-        for summary in summarize(records)
-    ]
+    """The summaries as text, how long planning takes, and why a case has no time of a peer."""
+    has_modes = len({record.context.timing.short for record in records}) > 1
+    lines = []
+    for summary in summarize(records):
+        name = (summary.case_list or "cases") + (f", {summary.mode}" if has_modes else "")
+        quantity = summary.quantity.replace("peer", summary.peer).replace("/", " over ")
+        lines.append(
+            f"{name}: {quantity}: geometric mean {summary.geometric_mean:.3f} of {summary.num_cases}, least "
+            f"{summary.least:.3f} ({summary.least_case})"
+        )
     for record in records:
+        if record.planning_us is not None:
+            theirs = "".join(f", {peer.name} {_text(peer.planning_us, 1)} us" for peer in record.peers)
+            lines.append(f"{record.case}: get_mla_metadata {record.planning_us:.1f} us{theirs}")
         lines += [f"{record.case}: no time of {name}: {reason}" for name, reason in record.failures.items()]
     return lines
 
 
-def make_document(records: Sequence[Record], missing_peers: dict[str, str]) -> dict[str, Any]:
-    """What ``--json`` writes: ``records`` as in a log, ``summaries``, and ``missing_peers`` with reasons."""
-    return {
+def make_document(
+    records: Sequence[Record], missing_peers: dict[str, str], results: Sequence[Result] = ()
+) -> dict[str, Any]:
+    """What ``--json`` writes.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        ``records`` as in a log, and their ``summaries``.
+    missing_peers : dict of str to str
+        Why peers could not be timed, by name.
+    results : sequence of targets.Result
+        ``targets``, when there are any.
+    """
+    document = {
         "records": [record.to_dict() for record in records],
         "summaries": rounded([summary._asdict() for summary in summarize(records)]),
         "missing_peers": missing_peers,
     }
+    return document | ({"targets": rounded(as_dicts(results))} if results else {})

@@ -22,7 +22,7 @@ _SIZE_INCHES, _DPI = (12, 7), 150
 _COLORS = ("#1f5fa8", "#2a9d5c", "#d98c1a", "#b0367a", "#6a51a3", "#5b5b5b")
 _PEER_MARKERS = ("s", "^", "D", "v")
 _PEER_COLOR = "#9a9a9a"
-_MARKER_POINTS, _PEER_MARKER_POINTS = 6, 7
+_MARKER_POINTS, _PEER_MARKER_POINTS, _READING_MARKER_POINTS = 6, 7, 12
 _LABEL_POINTS, _LABEL_DISTANCE_POINTS = 7.5, 8
 # What a label keeps clear of around each point, and how finely the roof is walked for that.
 _POINT_PIXELS, _ROOF_STEPS = 14, 400
@@ -107,6 +107,7 @@ def make_roofline(records: Sequence[Record]) -> Figure:
     axes = figure.add_subplot(xscale="log", yscale="log", xlim=(roof.left, roof.right), ylim=(roof.bottom, roof.top))
     _draw_roof(axes, roof)
     _draw_peers(axes, records)
+    _draw_reading(axes, records)
     _draw_ours(axes, records)
     axes.set_xlabel("arithmetic intensity, FLOP per byte")
     axes.set_ylabel("TFLOPS")
@@ -152,6 +153,25 @@ def _draw_peers(axes: Axes, records: Sequence[Record]) -> None:
             markerfacecolor="none",
             markeredgecolor=_PEER_COLOR,
             label=name,
+            zorder=3,
+        )
+
+
+def _draw_reading(axes: Axes, records: Sequence[Record]) -> None:
+    """The measured floor, where there is one: the rate of a call that takes as long as reading its pages."""
+    found = [
+        (record.intensity, record.case.flop / record.read_only.time_us * 1e-6)
+        for record in records
+        if record.read_only is not None
+    ]
+    if found:
+        axes.plot(
+            *zip(*found, strict=True),
+            linestyle="",
+            marker="_",
+            markersize=_READING_MARKER_POINTS,
+            color="#222222",
+            label="the pages read only",
             zorder=3,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import statistics
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,9 +13,10 @@ import torch
 
 import tilemla
 from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, GridCase
-from tilemla.bench.inputs import make_inputs
-from tilemla.bench.peers import OURS, Decode, Implementation, describe
-from tilemla.bench.record import PeerTime, Record, RunContext, TimingMode
+from tilemla.bench.inputs import GridInputs, make_inputs
+from tilemla.bench.peers import OURS, Decode, FlashMLA, Implementation, describe
+from tilemla.bench.reading import PageReader
+from tilemla.bench.record import PeerTime, Record, Reference, RunContext, TimingMode
 from tilemla.bench.timing import Call, Timer, measure_ceilings
 from tilemla.launch import kernels_for
 from tilemla.loader import load_module
@@ -21,6 +24,9 @@ from tilemla.loader import load_module
 # Two results that are each within 5e-6 of the right one, FlashMLA's bound, are within 2e-5 of each other. Heads that
 # are mixed up make 1e-4 and more, a wrong page or a lost split far more.
 _COSINE_TOLERANCE = 5e-5
+
+# What is timed in turn with ours and is no peer, beside whose names these are no names.
+_READ_ONLY, _EVEN = "(read only)", "(even)"
 
 
 class Clock(Protocol):
@@ -65,6 +71,13 @@ def make_context(timer: Timer, rounds: int, dtype: str, peers: Sequence[Implemen
     )
 
 
+def with_mode(context: RunContext, timer: Timer) -> RunContext:
+    """The context of a run for what another of its timers measures."""
+    return dataclasses.replace(
+        context, timing=dataclasses.replace(context.timing, flush=timer.flush, graph=timer.graph)
+    )
+
+
 def measure(
     case: GridCase,
     context: RunContext,
@@ -72,8 +85,12 @@ def measure(
     clock: Clock,
     device: torch.device,
     case_list: str = "",
+    *,
+    reader: PageReader | None = None,
+    with_even: bool = False,
+    with_planning: bool = False,
 ) -> Record:
-    """Time ours and the peers in turn, in the other order every second round.
+    """Time ours, the peers and the references in turn, in the other order every second round.
 
     Parameters
     ----------
@@ -89,6 +106,12 @@ def measure(
         Where the inputs are made.
     case_list : str
         Goes into the record.
+    reader : PageReader, optional
+        Timed where memory bounds the case.
+    with_even : bool
+        Also time ours with the same tokens spread evenly.
+    with_planning : bool
+        Also time ``get_mla_metadata``, of ours and of peers that have it.
 
     Returns
     -------
@@ -100,6 +123,11 @@ def measure(
     expected, _ = ours()
     decodes: dict[str, Decode] = {OURS.name: ours}
     calls: dict[str, Call] = {OURS.name: clock.ready(ours)}
+    if reader is not None and context.is_memory_bound(case):
+        calls[_READ_ONLY] = clock.ready(reader.prepare(case, inputs))
+    if with_even:
+        even = case.spread_evenly()
+        calls[_EVEN] = clock.ready(OURS.prepare(even, make_inputs(even, device, poison=False)))
     failures: dict[str, str] = {}
     for peer in peers:
         try:
@@ -118,24 +146,44 @@ def measure(
     # A replay's time on the host says nothing of the call that was captured.
     host = {name: None if context.timing.graph else clock.host_time_us(decode) for name, decode in decodes.items()}
 
-    our_times = times_us.pop(OURS.name)
+    planners = [OURS, *(peer for peer in peers if peer.name in decodes)] if with_planning else []
+    planning_us = _time_planning(planners, case, inputs, clock)
+
+    our_times = times_us[OURS.name]
+
+    def compare(name: str) -> Reference:
+        times = times_us[name]
+        ratios = [theirs / our for theirs, our in zip(times, our_times, strict=True)]
+        return Reference(statistics.median(times), statistics.median(ratios))
+
     return Record(
         context=context,
         case=case,
         time_us=statistics.median(our_times),
         host_time_us=host[OURS.name],
         peers=tuple(
-            PeerTime(
-                name=name,
-                time_us=statistics.median(times),
-                over_ours=statistics.median(theirs / our for theirs, our in zip(times, our_times, strict=True)),
-                host_time_us=host[name],
-            )
-            for name, times in times_us.items()
+            PeerTime(name, *compare(name), host_time_us=host[name], planning_us=planning_us.get(name))
+            for name in decodes
+            if name != OURS.name
         ),
         failures=failures,
         case_list=case_list,
+        read_only=compare(_READ_ONLY) if _READ_ONLY in times_us else None,
+        even=compare(_EVEN) if _EVEN in times_us else None,
+        planning_us=planning_us.get(OURS.name),
     )
+
+
+def _time_planning(
+    implementations: Sequence[Implementation], case: GridCase, inputs: GridInputs, clock: Clock
+) -> dict[str, float]:
+    """Median times of ``get_mla_metadata``, by name of the implementations that have it."""
+    times_us = {}
+    for implementation in implementations:
+        if isinstance(implementation, FlashMLA):
+            plan = functools.partial(implementation.make_schedule, case, inputs)
+            times_us[implementation.name] = clock.time_us(clock.ready(plan))
+    return times_us
 
 
 def check_agreement(out: torch.Tensor, expected: torch.Tensor) -> None:

@@ -12,7 +12,8 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from tilemla.bench.cases import CASE_LISTS, DEFAULT_LISTS, SHORT_DTYPE, GridCase, select_cases
+from tilemla.bench.cases import DEFAULT_LISTS, SHORT_DTYPE
+from tilemla.bench.jobs import JOB_LISTS, TARGETS, Job, plan_jobs
 from tilemla.cli.output import make_console
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _output(*names: str, help_text: str, allow_dash: bool = False) -> Callable[[
 
 
 @click.command("bench")
-@click.option("--cases", multiple=True, type=click.Choice(list(CASE_LISTS)), help="A list of cases; repeatable.")
+@click.option("--cases", multiple=True, type=click.Choice(JOB_LISTS), help="A list of cases; repeatable.")
 @click.option("--match", default="", metavar="TEXT", help="Only cases whose name contains TEXT, such as 'h128k1 s2'.")
 @click.option("--dtype", type=click.Choice(list(SHORT_DTYPE)), default="bfloat16", show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Where to run; a GPU where there is one.")
@@ -119,7 +120,8 @@ def bench(
 
     A time is that of a whole call, with L2 flushed before it. Implementations are timed in turn; a ratio is the median
     of the ratios of the rounds, above 1 where tilemla is faster. The floor of a case is the larger of its bytes over
-    the read bandwidth and its FLOP over the rate of a matrix product, both measured in the same run.
+    the read bandwidth and its FLOP over the rate of a matrix product, both measured in the same run. Where memory
+    bounds a case, a generated kernel that only reads its pages is timed, too.
 
     \b
     Lists of cases (by default grid, small and imbalanced on a GPU, cpu on a CPU):
@@ -128,12 +130,16 @@ def bench(
       imbalanced  batch 4, one request far longer than the others
       even        the varied cases of grid, the same tokens spread evenly
       tune        what `tilemla tune` tries configurations with
+      long        batch 128, lengths about 32768, 128 heads
+      planning    batches of 1 to 1024, of which get_mla_metadata is timed, too
+      targets     what the project's targets are about, each in its own mode, and whether they are reached
       cpu         what a CPU gets through in a minute
 
     \b
     Examples:
       tilemla bench
       tilemla bench --cases small --graph --peer none
+      tilemla bench --cases targets --log h100.jsonl
       tilemla bench --cases grid --match "h128k1 s2" --rounds 9 --log h100.jsonl
       tilemla bench --from h100.jsonl --png roofline.png
       tilemla bench --cases small --check h100.jsonl
@@ -143,24 +149,26 @@ def bench(
     if check_log is None and _is_given(context, "check_tolerance"):
         raise click.UsageError("--check-tolerance is about --check, which was not given")
     baseline = _read_baseline(check_log) if check_log is not None else None
+    wants_targets = TARGETS in cases
+    if wants_targets and (graph or clean):
+        raise click.UsageError("--cases targets has modes of its own, so it does not go with --graph and --clean")
     missing_peers: dict[str, str] = {}
     if from_log is not None:
         given = [flag for name, flag in _RUN_OPTIONS.items() if _is_given(context, name)]
-        if given:
+        if given and not (wants_targets and given == ["--cases"]):
             raise click.UsageError(f"--from runs nothing, so it does not go with {', '.join(given)}")
-        records = _read_records(from_log, match, clean=clean, graph=graph)
+        records = _read_records(from_log, match, clean=clean, graph=graph, any_mode=wants_targets)
     else:
         if len(peers) > 1 and {"auto", "none"} & set(peers):
             raise click.UsageError(f"--peer auto and --peer none stand alone, got {', '.join(peers)}")
         if baseline is not None and peers == ("none",):
             raise click.UsageError("--check compares ratios to a peer, so it does not go with --peer none")
         device = _choose_device(device)
-        if device == "cpu" and (graph or clean):
-            raise click.UsageError("--graph and --clean are about a GPU, and this runs on a CPU")
-        selected = _select(cases or DEFAULT_LISTS[device], dtype, match)
-        flush: Literal["dirty", "clean"] = "clean" if clean else "dirty"
-        records, missing_peers = _run(selected, device, dtype, peers, rounds, rep_ms, flush, graph, log, baseline)
-    _show(records, missing_peers, json_path)
+        if device == "cpu" and (graph or clean or wants_targets):
+            raise click.UsageError("--graph, --clean and --cases targets are about a GPU, and this runs on a CPU")
+        jobs = _plan(cases or DEFAULT_LISTS[device], dtype, match, clean=clean, graph=graph)
+        records, missing_peers = _run(jobs, device, dtype, peers, rounds, rep_ms, log, baseline)
+    _show(records, missing_peers, json_path, with_targets=wants_targets)
     if png is not None:
         _draw(records, png)
     if baseline is not None:
@@ -194,16 +202,20 @@ def _choose_device(device: Literal["cuda", "cpu"] | None) -> Literal["cuda", "cp
     return device or ("cuda" if has_gpu else "cpu")
 
 
-def _select(names: tuple[str, ...], dtype: str, match: str) -> list[tuple[str, GridCase]]:
-    selected = select_cases(names, dtype=dtype, match=match)
-    if not selected:
-        _, example = select_cases(names, dtype=dtype)[0]
+def _plan(names: tuple[str, ...], dtype: str, match: str, *, clean: bool, graph: bool) -> list[Job]:
+    flush: Literal["dirty", "clean"] = "clean" if clean else "dirty"
+    try:
+        jobs = plan_jobs(names, dtype=dtype, match=match, flush=flush, graph=graph)
+    except ValueError as error:
+        raise click.UsageError(f"--cases: {error}") from error
+    if not jobs:
+        example = plan_jobs(names, dtype=dtype)[0].case
         raise click.ClickException(f"--match: no case's name contains {match!r}; names are like {str(example)!r}")
-    return selected
+    return jobs
 
 
-def _read_records(path: Path, match: str, *, clean: bool, graph: bool) -> list[Record]:
-    """The latest measurements of one device and mode: a table or picture of several would compare what cannot be."""
+def _read_records(path: Path, match: str, *, clean: bool, graph: bool, any_mode: bool) -> list[Record]:
+    """The latest measurements of one device and mode: a picture of several would compare what cannot be."""
     from tilemla.bench.record import latest, read_log
 
     try:
@@ -213,7 +225,8 @@ def _read_records(path: Path, match: str, *, clean: bool, graph: bool) -> list[R
     records = []
     for record in found:
         timing = record.context.timing
-        if timing.graph == graph and (timing.flush == "clean") == clean and match in str(record.case):
+        is_asked = any_mode or (timing.graph == graph and (timing.flush == "clean") == clean)
+        if is_asked and match in str(record.case):
             records.append(record)
     if not records:
         modes = ", ".join(sorted({str(record.context.timing) for record in found})) or "nothing"
@@ -230,14 +243,12 @@ def _read_records(path: Path, match: str, *, clean: bool, graph: bool) -> list[R
 
 
 def _run(
-    selected: list[tuple[str, GridCase]],
+    jobs: list[Job],
     device_type: str,
     dtype: str,
     peer_names: tuple[str, ...],
     rounds: int,
     rep_ms: int,
-    flush: Literal["dirty", "clean"],
-    graph: bool,
     log: Path | None,
     baseline: Baseline | None,
 ) -> tuple[list[Record], dict[str, str]]:
@@ -247,16 +258,18 @@ def _run(
 
     from tilemla.bench.gate import GateError
     from tilemla.bench.peers import PeerError, find_peers
+    from tilemla.bench.reading import PageReader, find_reader
     from tilemla.bench.record import append_log
-    from tilemla.bench.run import make_context, measure
+    from tilemla.bench.run import make_context, measure, with_mode
     from tilemla.bench.timing import Timer
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
-    timer = Timer(device, rep_ms=rep_ms, flush=flush, graph=graph)
+    modes = dict.fromkeys((job.flush, job.graph) for job in jobs)
+    timers = {mode: Timer(device, rep_ms=rep_ms, flush=mode[0], graph=mode[1]) for mode in modes}
     try:
         peers = find_peers(peer_names, device, dtype)
-        context = make_context(timer, rounds, dtype, peers.found)
+        context = make_context(timers[jobs[0].flush, jobs[0].graph], rounds, dtype, peers.found)
     except (PeerError, NotImplementedError) as error:
         raise click.ClickException(str(error)) from error
     for name, reason in peers.missing.items():
@@ -264,9 +277,18 @@ def _run(
     console.print("peers: " + (", ".join(peer.name for peer in peers.found) or "there is none, so there are no ratios"))
     if baseline is not None:
         try:
-            baseline.require(context, [case for _, case in selected], [peer.name for peer in peers.found])
+            names = [peer.name for peer in peers.found]
+            baseline.require([(with_mode(context, timers[job.flush, job.graph]), job.case) for job in jobs], names)
         except GateError as error:
             raise click.ClickException(f"--check: {error}") from error
+
+    reader: PageReader | None = None
+    if device_type == "cuda":
+        found = find_reader(device, dtype)
+        if isinstance(found, str):
+            console.print(f"read-only kernel: none ({found})")
+        else:
+            reader = found
 
     records: list[Record] = []
     bar = Progress(
@@ -279,11 +301,22 @@ def _run(
         transient=True,
     )
     with bar:
-        task = bar.add_task("", total=len(selected))
-        for case_list, case in selected:
+        task = bar.add_task("", total=len(jobs))
+        for job in jobs:
+            case, timer = job.case, timers[job.flush, job.graph]
             bar.update(task, description=str(case))
             try:
-                record = measure(case, context, peers.found, timer, device, case_list)
+                record = measure(
+                    case,
+                    with_mode(context, timer),
+                    peers.found,
+                    timer,
+                    device,
+                    job.case_list,
+                    reader=reader,
+                    with_even=job.with_even,
+                    with_planning=job.with_planning and device_type == "cuda",
+                )
             except torch.OutOfMemoryError as error:
                 raise click.ClickException(
                     f"{case} does not fit into the memory of {context.gpu}; leave it out by --cases or --match: {error}"
@@ -293,13 +326,14 @@ def _run(
             records.append(record)
             bar.advance(task)
             theirs = "".join(f", {peer.name} {peer.time_us:.1f} us ({peer.over_ours:.3f})" for peer in record.peers)
-            console.print(f"{len(records)}/{len(selected)} {case}: {record.time_us:.1f} us{theirs}")
+            console.print(f"{len(records)}/{len(jobs)} {case}: {record.time_us:.1f} us{theirs}")
     return records, peers.missing
 
 
-def _show(records: list[Record], missing_peers: dict[str, str], json_path: Path | None) -> None:
-    """The table to stdout, or to stderr where stdout is for the document."""
+def _show(records: list[Record], missing_peers: dict[str, str], json_path: Path | None, *, with_targets: bool) -> None:
+    """The tables to stdout, or to stderr where stdout is for the document."""
     from tilemla.bench.report import describe_run, make_document, make_table, summary_lines
+    from tilemla.bench.targets import evaluate, make_target_table
 
     on_stderr = json_path == _STDOUT
     console = make_console(stderr=on_stderr)
@@ -307,8 +341,11 @@ def _show(records: list[Record], missing_peers: dict[str, str], json_path: Path 
     console.print(make_table(records))
     for line in summary_lines(records):
         console.print(line, soft_wrap=True)
+    results = evaluate(records) if with_targets else []
+    if results:
+        console.print(make_target_table(results))
     if json_path is not None:
-        text = json.dumps(make_document(records, missing_peers), indent=1)
+        text = json.dumps(make_document(records, missing_peers, results), indent=1)
         if on_stderr:
             click.echo(text)
         else:
