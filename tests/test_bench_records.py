@@ -189,7 +189,9 @@ def test_columns_and_modes_appear_where_there_is_something_to_show():
     rich = record_of(read_only=Reference(1.0, 0.9), context=context_of(timing=TimingMode("clean", graph=True)))
     assert header_of([rich]) == ["case", *rates, "read-only", "us", "/", "ours"]
     assert header_of([record_of(planning_us=5.0), rich])[:2] == ["case", "flush"]
-    lines = summary_lines([record_of(planning_us=5.04, peers=(PeerTime("a", 1.0, 2.0, planning_us=9.0),))])
+    lines = summary_lines(
+        [record_of(planning_us=5.04, peers=(PeerTime("a", 1.0, 2.0, planning_us=9.0), PeerTime("b", 1.0, 2.0)))]
+    )
     assert lines[-1] == f"{record_of().case}: get_mla_metadata 5.0 us, a 9.0 us"
 
 

@@ -182,7 +182,8 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
         )
     for record in records:
         if record.planning_us is not None:
-            theirs = "".join(f", {peer.name} {_text(peer.planning_us, 1)} us" for peer in record.peers)
+            planners = [peer for peer in record.peers if peer.planning_us is not None]
+            theirs = "".join(f", {peer.name} {peer.planning_us:.1f} us" for peer in planners)
             lines.append(f"{record.case}: get_mla_metadata {record.planning_us:.1f} us{theirs}")
         lines += [f"{record.case}: no time of {name}: {reason}" for name, reason in record.failures.items()]
     return lines
