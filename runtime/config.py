@@ -70,9 +70,11 @@ class KernelConfig:
         str or None
             None when a module can be built so, else the first reason why not, with the received value.
         """
-        if spec.arch not in TUNABLE_ARCHS:
-            changed = ", ".join(self.changes())
-            return f"{changed} must be left at the default: {spec.arch} kernels are not tuned" if changed else None
+        if spec.arch not in TUNABLE_ARCHS or spec.kernel != "mla_decode":
+            changed, what = ", ".join(self.changes()), f"{spec.arch} kernels"
+            if spec.kernel != "mla_decode":
+                what = f"{spec.kernel} kernels"
+            return f"{changed} must be left at the default: {what} are not tuned" if changed else None
         if not 0 <= self.short_piece <= _INT32_MAX:
             return f"short_piece must be 0 to {_INT32_MAX}, got {self.short_piece}"
         if not 0 <= self.groups_left_at_handover <= _MOST_GROUPS_LEFT:

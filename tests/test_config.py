@@ -10,7 +10,7 @@ from tilemla.dsl import make_programs
 from tilemla.spec import SUPPORTED_SPECS, KernelSpec
 from tilemla.tuning.candidates import COST_VALUES, list_configs, list_costs, parse_parameters
 
-SM90, CPU = KernelSpec(), KernelSpec(arch="cpu")
+SM90, CPU, READING = KernelSpec(), KernelSpec(arch="cpu"), KernelSpec(kernel="read_pages")
 
 
 @pytest.mark.parametrize("spec", SUPPORTED_SPECS, ids=lambda spec: spec.name)
@@ -27,6 +27,7 @@ def test_the_default_is_valid_everywhere(spec):
         (SM90, dict(full_grid=2**31), "full_grid must be 0 to 2147483647, got 2147483648"),
         (SM90, dict(loads_ahead=12), "loads_ahead must be one of 4, 8, 16, 32, got 12"),
         (CPU, dict(short_piece=8), "short_piece must be left at the default: cpu kernels are not tuned"),
+        (READING, dict(short_piece=8), "short_piece must be left at the default: read_pages kernels are not tuned"),
     ],
 )
 def test_what_is_invalid_says_why_and_is_neither_tried_nor_built(spec, changes, reason):

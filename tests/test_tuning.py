@@ -350,6 +350,7 @@ def test_a_configuration_is_found_by_kernel_or_by_the_first_of_its_architecture(
     put_table(tuning_dir, dataclasses.replace(TABLE, spec=KernelSpec(dtype="float16"), config=OTHER))
     assert chosen.select_config(KernelSpec()) == FAST
     assert chosen.select_config(KernelSpec(dtype="float16")) == OTHER
+    assert chosen.select_config(KernelSpec(kernel="read_pages")) == DEFAULT_CONFIG
     for spec in SUPPORTED_SPECS:
         expected = {"bfloat16": FAST, "float16": OTHER}[spec.dtype] if spec.page_block_size == 64 else FAST
         if spec.arch == "sm_90a" and spec.head_dim_qk == 576:

@@ -81,7 +81,8 @@ def select_config(spec: KernelSpec) -> KernelConfig:
     TableError
         On a file that is no table.
     """
-    table = find_table(spec, _REFERENCE_GPU[spec.arch]) if spec.arch in _REFERENCE_GPU else None
+    is_tuned = spec.arch in _REFERENCE_GPU and spec.kernel == "mla_decode"
+    table = find_table(spec, _REFERENCE_GPU[spec.arch]) if is_tuned else None
     return DEFAULT_CONFIG if table is None else table.config
 
 
