@@ -1,9 +1,11 @@
 """Trials, their log, and what is chosen from it; the table, and who reads it."""
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import shutil
+import threading
 
 import pytest
 import torch
@@ -80,6 +82,20 @@ def test_processes_add_whole_lines_side_by_side(tmp_path):
         assert writer.exitcode == 0
     times = sorted(trial.times_us[0] for trial in read_trials(log))
     assert times == [100 * number + each for number in range(1, 4) for each in range(20)]
+
+
+def test_a_line_waits_while_another_one_is_written(tmp_path):
+    """Else the other could be taken for one that was never finished."""
+    log = tmp_path / "log.jsonl"
+    append_trial(log, trial_of((1.0,)))
+    writer = threading.Thread(target=append_trial, args=(log, trial_of((2.0,))))
+    with open(log, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive() and len(read_trials(log)) == 1
+    writer.join(60)
+    assert [trial.times_us for trial in read_trials(log)] == [(1.0,), (2.0,)]
 
 
 def test_a_line_that_was_never_finished_is_taken_away(tmp_path, caplog):
