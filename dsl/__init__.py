@@ -41,16 +41,27 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
         from tilemla.dsl.sm90.read_pages import make_read_program
 
         return {"read_pages": make_read_program(spec)}
+    from tilemla.dsl.batch_invariant import make_batch_invariant_program_cpu, make_batch_invariant_program_cuda
+    from tilemla.dsl.merge import make_merge_program_cpu, make_merge_program_cuda
     from tilemla.dsl.metadata import make_metadata_program_cpu, make_metadata_program_sm90
 
     if spec.arch == "cpu":
         from tilemla.dsl.decode_cpu import make_decode_program
 
-        return {"get_mla_metadata": make_metadata_program_cpu(), "mla_decode": make_decode_program(spec)}
+        return {
+            "get_mla_metadata": make_metadata_program_cpu(),
+            "get_batch_invariant_metadata": make_batch_invariant_program_cpu(),
+            "mla_decode": make_decode_program(spec),
+            "merge_states": make_merge_program_cpu(spec),
+        }
     if spec.arch == "sm_90a":
-        from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_sm90
+        from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_cuda
+    else:
+        from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_cuda
 
-        return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_sm90(spec, config)}
-    from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_mma
-
-    return {"get_mla_metadata": make_metadata_program_sm90(), "mla_decode": make_decode_program_mma(spec, config)}
+    return {
+        "get_mla_metadata": make_metadata_program_sm90(),
+        "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
+        "mla_decode": make_decode_program_cuda(spec, config),
+        "merge_states": make_merge_program_cuda(spec),
+    }

@@ -6,6 +6,7 @@ over a local buffer. Scores are in log2 units: ``dot(q, k) * softmax_scale_log2`
 ``query * group_size + head``: the ``group_size = h_q // h_k`` heads that share a KV head lie side by side.
 """
 
+import math
 from typing import Any
 
 import tilelang.language as T
@@ -17,29 +18,49 @@ RUNNING_MAX_START = -1e30
 # accumulator. A probability is then at most 2**8, far inside fp32, bf16 and fp16.
 LAZY_MAX_MARGIN_LOG2 = 8.0
 
+LOG2_E = math.log2(math.e)
+
 
 def page_index(block_table, request, block) -> Any:
     """The page that holds `block` of `request`. Only blocks below ``count_blocks`` may be asked for."""
     return block_table[request, block]
 
 
-def is_visible(key, cache_seqlen, row, group_size, seq_len_q, window_right) -> Any:
-    """Whether a row attends to `key`, counted from the start of the cache, bool.
+def first_visible_key(cache_seqlen, seq_len_q, window_left) -> Any:
+    """The first key that some query of a request sees, int32; those before it are never read.
 
-    Causal masking (`window_right` is 0; -1 is none) is aligned to the end of the cache: query i sees the keys below
-    ``cache_seqlen - seq_len_q + i + 1``. With ``i = row // group_size`` that is
-    ``(key - cache_seqlen + seq_len_q) * group_size <= row``, which needs no division. Ask only about keys of a block
-    that `needs_mask`: further back the product may overflow.
+    `window_left` is how far back from its own position, ``cache_seqlen - seq_len_q + i``, query i sees: -1 is all the
+    way, else it is at most 2**30.
     """
-    causal = window_right + 1
-    seq_len = 1 + causal * (seq_len_q - 1)
-    step = 1 + causal * (group_size - 1)
-    return (key - cache_seqlen + seq_len) * step <= causal * row
+    return T.if_then_else(window_left >= 0, T.max(cache_seqlen - seq_len_q - window_left, 0), 0)
 
 
-def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_right) -> Any:
-    """Whether some row does not see some key of `block`: true of the last blocks of a sequence alone."""
-    return (block + 1) * block_n > cache_seqlen - (window_right + 1) * (seq_len_q - 1)
+def first_visible_block(cache_seqlen, seq_len_q, window_left, block_n) -> Any:
+    """The block of ``first_visible_key``, int32; 0 for an empty sequence, else one of its blocks."""
+    return T.shift_right(first_visible_key(cache_seqlen, seq_len_q, window_left), block_n.bit_length() - 1)
+
+
+def first_key_of_query(query, cache_seqlen, seq_len_q, window_left) -> Any:
+    """The first key that a query sees, int32; negative where its window begins before the cache does.
+
+    Query i is at position ``p = cache_seqlen - seq_len_q + i`` and sees the keys from ``p - window_left`` to
+    ``p + window_right``, both inclusive; -1 is no bound, and 0 on the right is causal masking. A row of a tile belongs
+    to query ``row // group_size``. Both bounds are found once for a row of a block that `needs_mask`.
+    """
+    return T.if_then_else(window_left >= 0, cache_seqlen - seq_len_q + query - window_left, 0)
+
+
+def end_key_of_query(query, cache_seqlen, seq_len_q, window_right) -> Any:
+    """One past the last key that a query sees, int32; 0 or less where it sees none."""
+    hidden = T.if_then_else(window_right >= 0, T.max(seq_len_q - query - 1 - window_right, 0), 0)
+    return cache_seqlen - hidden
+
+
+def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_left, window_right) -> Any:
+    """Whether some query does not see some key of `block`: true near the ends of a sequence and of the window alone."""
+    ends_in_block = (block + 1) * block_n > end_key_of_query(0, cache_seqlen, seq_len_q, window_right)
+    first_key = first_key_of_query(seq_len_q - 1, cache_seqlen, seq_len_q, window_left)
+    return ends_in_block | (block * block_n < first_key)
 
 
 def mask_score(score, visible) -> Any:
@@ -81,3 +102,12 @@ def final_lse(row_sum, running_max, lse_scale) -> Any:
     `lse_scale` is the log of 2 in the base that is wanted: ln 2 for the natural one, 1 for base 2.
     """
     return T.if_then_else(row_sum > 0.0, (T.log2(row_sum) + running_max) * lse_scale, T.infinity("float32"))
+
+
+def sink_factor(row_sum, running_max, sink) -> Any:
+    """What an attention sink leaves of a row's output: ``exp(lse) / (exp(lse) + exp(sink))``.
+
+    `sink` is a natural logarithm; -inf leaves all, bit for bit, +inf nothing. A row that saw no key has no output.
+    """
+    sink_log2 = sink * LOG2_E - (T.log2(row_sum) + running_max)
+    return T.if_then_else(row_sum > 0.0, 1.0 / (1.0 + T.exp2(sink_log2)), 1.0)

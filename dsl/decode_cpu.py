@@ -1,10 +1,12 @@
 """Dense paged split-KV MLA decode and combine in C: the math of the GPU kernel over local fp32 tiles.
 
-TileLang's ``c`` target runs the grid as nested loops and has neither fragments nor shared memory. A page is widened to
-fp32 once per query tile, keys transposed so that the score loop runs over contiguous tokens and values as they are, so
-that the output loop runs over contiguous channels: the C compiler vectorises both without reordering a sum.
+TileLang's ``c`` target runs the grid as nested loops and has neither fragments nor shared memory. A block of 64 tokens
+is gathered from its pages, or its part of one, and widened to fp32 once per query tile, keys transposed so that the
+score loop runs over contiguous tokens and values as they are, so that the output loop runs over contiguous channels:
+the C compiler vectorises both without reordering a sum.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import tilelang.language as T
@@ -59,12 +61,13 @@ def make_decode_program(spec) -> Program:
         out_accum (max_num_splits, h_k, rows, head_dim_v), lse_accum_log2 (max_num_splits, h_k, rows),
         attn_sink (h_k, group_size), softmax_scale_log2, lse_scale, seq_len_q, group_size, window_left, window_right,
         has_sink)`` with ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a last stride of 1.
-        bfloat16 tensors are declared uint16. ``window_right`` is 0 for causal masking, else -1; ``window_left`` and
-        ``has_sink`` must be -1 and 0.
+        bfloat16 tensors are declared uint16. The windows are those of ``attention.is_visible``; with ``has_sink`` the
+        outputs are scaled by ``attention.sink_factor``. ``lse_scale`` is ln 2 for a natural log-sum-exp, 1 for base 2.
     """
     dtype = spec.dtype
     storage = "uint16" if dtype == "bfloat16" else dtype
-    block_m, block_n, head_dim_qk, head_dim_v = spec.block_m, spec.page_block_size, spec.head_dim_qk, spec.head_dim_v
+    block_m, block_n, page_block_size = spec.block_m, schedule.BLOCK_N, spec.page_block_size
+    head_dim_qk, head_dim_v = spec.head_dim_qk, spec.head_dim_v
     b, h_k, rows = T.dynamic("b, h_k, rows")
     num_blocks, max_num_blocks_per_seq, num_sm_parts = T.dynamic("num_blocks, max_num_blocks_per_seq, num_sm_parts")
     len_num_splits, max_num_splits = T.dynamic("len_num_splits, max_num_splits")
@@ -73,13 +76,15 @@ def make_decode_program(spec) -> Program:
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
 
     @T.macro
-    def load_page(kcache, tokens, keys, page, head_k, num_tokens):
-        """Widen the first `num_tokens` tokens of a page; the rest, which may hold anything, becomes 0."""
-        for j in T.serial(num_tokens):
-            for d in T.serial(head_dim_qk):
-                tokens[j, d] = widen(kcache[page, j, head_k, d], dtype)
+    def load_block(kcache, block_table, tokens, keys, request, block, head_k, first_key, end_key):
+        """Widen the tokens of a block from `first_key` to before `end_key`; the others, wherever they are, become 0."""
         for j in T.serial(block_n):
-            if j >= num_tokens:
+            key = block * block_n + j
+            if (key >= first_key) & (key < end_key):
+                page = attention.page_index(block_table, request, T.truncdiv(key, page_block_size))
+                for d in T.serial(head_dim_qk):
+                    tokens[j, d] = widen(kcache[page, T.truncmod(key, page_block_size), head_k, d], dtype)
+            else:
                 for d in T.serial(head_dim_qk):
                     tokens[j, d] = 0.0
         for j in T.serial(block_n // _UNROLL):
@@ -125,16 +130,19 @@ def make_decode_program(spec) -> Program:
                 )
 
     @T.macro
-    def write_row(acc, i, row_sum, row_max, lse_scale, out, softmax_lse, request, head_k, row):
+    def write_row(acc, i, row_sum, row_max, t, request, head_k, row):
         """Normalise row `i` of a tile and write it, rounded, beside its log-sum-exp."""
-        softmax_lse[request, head_k, row] = attention.final_lse(row_sum, row_max, lse_scale)
+        t.softmax_lse[request, head_k, row] = attention.final_lse(row_sum, row_max, t.lse_scale)
         factor = T.alloc_local((1,), "float32")
         factor[0] = attention.inverse_sum(row_sum)
+        if t.has_sink != 0:
+            sink = t.attn_sink[head_k, T.truncmod(row, t.group_size)]
+            factor[0] = factor[0] * attention.sink_factor(row_sum, row_max, sink)
         for d in T.serial(head_dim_v):
-            out[request, head_k, row, d] = narrow(acc[i, d] * factor[0], dtype)
+            t.out[request, head_k, row, d] = narrow(acc[i, d] * factor[0], dtype)
 
     @T.macro
-    def merge_row(num_splits, out_accum, lse_accum_log2, lse_scale, out, softmax_lse, request, head_k, row):
+    def merge_row(num_splits, out_accum, lse_accum_log2, t, request, head_k, row):
         merged = T.alloc_local((1, head_dim_v), "float32")
         lse_max = T.alloc_local((1,), "float32")
         weight = T.alloc_local((1,), "float32")
@@ -152,13 +160,13 @@ def make_decode_program(spec) -> Program:
             weight_sum[0] = weight_sum[0] + weight[0]
             for d in T.serial(head_dim_v):
                 merged[0, d] = merged[0, d] + weight[0] * out_accum[slot + split, head_k, row, d]
-        write_row(merged, 0, weight_sum[0], lse_max[0], lse_scale, out, softmax_lse, request, head_k, row)
+        write_row(merged, 0, weight_sum[0], lse_max[0], t, request, head_k, row)
 
     @T.prim_func
     def mla_decode(
         q: T.StridedTensor((b, h_k, rows, head_dim_qk), (q_stride_b, q_stride_h, q_stride_row, 1), storage),
         kcache: T.StridedTensor(
-            (num_blocks, block_n, h_k, head_dim_qk), (k_stride_page, k_stride_token, k_stride_h, 1), storage
+            (num_blocks, page_block_size, h_k, head_dim_qk), (k_stride_page, k_stride_token, k_stride_h, 1), storage
         ),
         block_table: T.StridedTensor((b, max_num_blocks_per_seq), (table_stride_b, 1), "int32"),
         cache_seqlens: T.Tensor((b,), "int32"),
@@ -177,6 +185,14 @@ def make_decode_program(spec) -> Program:
         window_right: T.int32,
         has_sink: T.int32,
     ):
+        results = SimpleNamespace(
+            out=out,
+            softmax_lse=softmax_lse,
+            lse_scale=lse_scale,
+            attn_sink=attn_sink,
+            has_sink=has_sink,
+            group_size=group_size,
+        )
         with T.Kernel(T.ceildiv(rows, block_m), h_k, num_sm_parts, threads=1) as (tile, head_k, part_index):
             query = T.alloc_local((block_m, head_dim_qk), "float32")
             tokens = T.alloc_local((block_n, head_dim_qk), "float32")
@@ -186,13 +202,18 @@ def make_decode_program(spec) -> Program:
             row_max = T.alloc_local((block_m,), "float32")
             row_sum = T.alloc_local((block_m,), "float32")
             moved = T.alloc_local((2,), "float32")
+            seen = T.alloc_local((2,), "int32")  # the first key that a row sees, and one past the last
             row0 = tile * block_m
             tile_rows = T.min(block_m, rows - row0)
             part = schedule.read_part(tile_scheduler_metadata, part_index)
             for step in T.serial(part.end_request_inclusive - part.begin_request + 1):
                 request = part.begin_request + step
                 cache_seqlen = cache_seqlens[request]
-                first_block = schedule.first_block(part, request)
+                first_key = attention.first_visible_key(cache_seqlen, seq_len_q, window_left)
+                first_block = T.max(
+                    schedule.first_block(part, request),
+                    attention.first_visible_block(cache_seqlen, seq_len_q, window_left, block_n),
+                )
                 end_block = schedule.end_block(part, request, cache_seqlen, block_n)
                 for i in T.serial(tile_rows):
                     row_max[i] = attention.RUNNING_MAX_START
@@ -203,16 +224,19 @@ def make_decode_program(spec) -> Program:
                         query[i, d] = widen(q[request, head_k, row0 + i, d], dtype)
                 for visit in T.serial(end_block - first_block):
                     block = first_block + visit
-                    page = attention.page_index(block_table, request, block)
-                    load_page(kcache, tokens, keys, page, head_k, T.min(block_n, cache_seqlen - block * block_n))
+                    load_block(kcache, block_table, tokens, keys, request, block, head_k, first_key, cache_seqlen)
                     for i in T.serial(tile_rows):
                         score_row(query, keys, scores, i)
-                        if attention.needs_mask(block, block_n, cache_seqlen, seq_len_q, window_right):
+                        if attention.needs_mask(block, block_n, cache_seqlen, seq_len_q, window_left, window_right):
+                            seen[0] = attention.first_key_of_query(
+                                T.truncdiv(row0 + i, group_size), cache_seqlen, seq_len_q, window_left
+                            )
+                            seen[1] = attention.end_key_of_query(
+                                T.truncdiv(row0 + i, group_size), cache_seqlen, seq_len_q, window_right
+                            )
                             for j in T.serial(block_n):
-                                visible = attention.is_visible(
-                                    block * block_n + j, cache_seqlen, row0 + i, group_size, seq_len_q, window_right
-                                )
-                                scores[i, j] = attention.mask_score(scores[i, j], visible)
+                                key = block * block_n + j
+                                scores[i, j] = attention.mask_score(scores[i, j], (key >= seen[0]) & (key < seen[1]))
                         soften_row(scores, acc, row_max, row_sum, moved, i, softmax_scale_log2)
                         accumulate_row(scores, tokens, acc, i)
                 for i in T.serial(tile_rows):
@@ -223,9 +247,7 @@ def make_decode_program(spec) -> Program:
                         for d in T.serial(head_dim_v):
                             out_accum[slot, head_k, row0 + i, d] = acc[i, d] * moved[0]
                     else:
-                        write_row(
-                            acc, i, row_sum[i], row_max[i], lse_scale, out, softmax_lse, request, head_k, row0 + i
-                        )
+                        write_row(acc, i, row_sum[i], row_max[i], results, request, head_k, row0 + i)
 
         with T.Kernel(rows, h_k, b, threads=1) as (merged_row, merged_head_k, merged_request):
             if combine.needs_combine(num_splits, merged_request):
@@ -233,9 +255,7 @@ def make_decode_program(spec) -> Program:
                     num_splits,
                     out_accum,
                     lse_accum_log2,
-                    lse_scale,
-                    out,
-                    softmax_lse,
+                    results,
                     merged_request,
                     merged_head_k,
                     merged_row,

@@ -13,9 +13,12 @@ import tilelang.language as T
 from tilemla.dsl.attention import (
     RUNNING_MAX_START,
     advance_max,
+    end_key_of_query,
     final_lse,
+    first_key_of_query,
+    first_visible_block,
+    first_visible_key,
     inverse_sum,
-    is_visible,
     mask_score,
     needs_mask,
     page_index,
@@ -117,12 +120,12 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                 )
 
     @T.macro
-    def load_tokens(kv, stage, kcache, block_table, request, head, first, cache_seqlen, tx):
-        # Tokens past the end are the last one over again. Their probability is 0, and unlike what lies past the end
-        # of the sequence, 0 times them is 0.
+    def load_tokens(kv, stage, kcache, block_table, request, head, first, first_key, cache_seqlen, tx):
+        # Tokens past the end are the last one over again, those before the window its first. Their probability is 0,
+        # and unlike what lies past the end of the sequence, 0 times them is 0.
         for step in T.unroll(block_n // rows_per_pass):
             j = step * rows_per_pass + tx // _LANES_PER_ROW
-            token = T.min(first + j, cache_seqlen - 1)
+            token = T.max(T.min(first + j, cache_seqlen - 1), first_key)
             page = page_index(block_table, request, token // page_block_size)
             for line in T.unroll(head_dim_qk // _LINE):
                 column = line * _LINE + tx % _LANES_PER_ROW * _CHUNK
@@ -174,7 +177,14 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
             part = read_part(tile_scheduler_metadata, part_index)
             for request in T.serial(part.begin_request, part.end_request_inclusive + 1):
                 cache_seqlen = T.alloc_var("int32", init=cache_seqlens[request])
-                begin = T.alloc_var("int32", init=first_block(part, request) * tiles_per_block)
+                first_key = T.alloc_var("int32", init=first_visible_key(cache_seqlen, seq_len_q, window_left))
+                begin = T.alloc_var(
+                    "int32",
+                    init=T.max(
+                        first_block(part, request), first_visible_block(cache_seqlen, seq_len_q, window_left, BLOCK_N)
+                    )
+                    * tiles_per_block,
+                )
                 end = T.alloc_var(
                     "int32",
                     init=T.min(
@@ -194,6 +204,7 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                             request,
                             head,
                             (begin + k) * block_n,
+                            first_key,
                             cache_seqlen,
                             tx,
                         )
@@ -215,6 +226,7 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                             request,
                             head,
                             (begin + step + ahead) * block_n,
+                            first_key,
                             cache_seqlen,
                             tx,
                         )
@@ -225,18 +237,14 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                     T.gemm(query, kv[step % num_stages, :, :], product, transpose_B=True, clear_accum=True)
                     T.copy(product, scores[:, 0:block_n])
                     T.copy(scores[:, 0:block_n], tile)
-                    if needs_mask(begin + step, block_n, cache_seqlen, seq_len_q, window_right):
+                    if needs_mask(begin + step, block_n, cache_seqlen, seq_len_q, window_left, window_right):
                         for i, j in T.Parallel(block_m, block_n):
+                            key = (begin + step) * block_n + j
+                            query_index = T.truncdiv(row0 + i, group_size)
                             tile[i, j] = mask_score(
                                 tile[i, j],
-                                is_visible(
-                                    (begin + step) * block_n + j,
-                                    cache_seqlen,
-                                    row0 + i,
-                                    group_size,
-                                    seq_len_q,
-                                    window_right,
-                                ),
+                                (key >= first_key_of_query(query_index, cache_seqlen, seq_len_q, window_left))
+                                & (key < end_key_of_query(query_index, cache_seqlen, seq_len_q, window_right)),
                             )
                     T.reduce_max(tile, tile_max, dim=1, clear=True)
                     for i in T.Parallel(block_m):

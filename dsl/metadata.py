@@ -9,29 +9,21 @@ cheapest that fits into the parts is carried out. A plan costs its payload, sinc
 cuts, what merging costs (``tilemla.costs``). With ``share`` the equal share of the total cost, a payload of
 ``share + overhead`` always works: a part either adds an overhead by cutting a request or leaves at most that much
 unused.
+
+With a sliding window the blocks of a request are those that some of its queries sees. The walk counts from the first of
+them, and what it writes counts from the start of the cache.
 """
 
 import tilelang.language as T
 
+from tilemla.dsl.attention import first_visible_block
 from tilemla.dsl.program import Program
-from tilemla.dsl.schedule import (
-    BEGIN_BLOCK,
-    BEGIN_REQUEST,
-    BEGIN_SPLIT,
-    BLOCK_N,
-    END_BLOCK,
-    END_REQUEST_INCLUSIVE,
-    IS_FIRST_REQUEST_SPLIT,
-    IS_LAST_REQUEST_SPLIT,
-    NUM_COLUMNS,
-    RESERVED,
-    Part,
-    count_blocks,
-)
+from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, Part, count_blocks, idle_row, write_part
 
 # Names of the elements of the walk's state, a local int32 buffer. The first three are the open part's row so far.
 _BEGIN_REQUEST, _BEGIN_BLOCK, _BEGIN_SPLIT, _PART, _REMAINING, _BLOCK, _SPLIT, _NUM_SPLITS, _STATE_SIZE = range(9)
 
+_FIRST, _END, _PREVIOUS_END, _BLOCKS_SIZE = range(4)  # of the request that is walked, and the one before it
 _PAYLOADS = 16  # that are tried, from the equal share on
 _PARTS, _MOST_PIECES, _LEFT, _PLAYED_SIZE = range(4)  # of the state of a plan that is played
 _NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
@@ -40,26 +32,10 @@ _THREADS = 2 * _PAYLOADS  # one warp: a lane a plan
 
 
 @T.macro
-def _write_row(metadata, index, row):
-    metadata[index, BEGIN_REQUEST] = row.begin_request
-    metadata[index, END_REQUEST_INCLUSIVE] = row.end_request_inclusive
-    metadata[index, BEGIN_BLOCK] = row.begin_block
-    metadata[index, END_BLOCK] = row.end_block
-    metadata[index, BEGIN_SPLIT] = row.begin_split
-    metadata[index, IS_FIRST_REQUEST_SPLIT] = row.is_first_request_split
-    metadata[index, IS_LAST_REQUEST_SPLIT] = row.is_last_request_split
-    metadata[index, RESERVED] = 0
-
-
-def _idle_row(batch_size):
-    return Part(batch_size, batch_size - 1, 0, 0, 0, 0, 0)
-
-
-@T.macro
 def _close_part(metadata, state, end_request_inclusive, end_block, is_cut):
     """Write the open part's row. `is_cut`: its last request goes on in the next part."""
     is_one_request = state[_BEGIN_REQUEST] == end_request_inclusive
-    is_begun_before = T.if_then_else(state[_BEGIN_BLOCK] > 0, 1, 0)
+    is_begun_before = T.if_then_else(state[_BEGIN_SPLIT] > 0, 1, 0)
     row = Part(
         begin_request=state[_BEGIN_REQUEST],
         end_request_inclusive=end_request_inclusive,
@@ -69,7 +45,7 @@ def _close_part(metadata, state, end_request_inclusive, end_block, is_cut):
         is_first_request_split=T.if_then_else(is_one_request, T.max(is_begun_before, is_cut), is_begun_before),
         is_last_request_split=T.if_then_else(is_one_request, T.max(is_begun_before, is_cut), is_cut),
     )
-    _write_row(metadata, state[_PART], row)
+    write_part(metadata, state[_PART], row)
 
 
 @T.macro
@@ -81,26 +57,27 @@ def _start_walk(num_splits, state):
 
 @T.macro
 def _walk_request(
-    metadata, num_splits, state, request, num_blocks, previous_num_blocks, payload, may_cut, num_sm_parts, overhead
+    metadata, num_splits, state, request, first, end, previous_end, payload, may_cut, num_sm_parts, overhead
 ):
-    """Give the blocks of one request to the open part and, while they do not fit, to the parts after it."""
+    """Give blocks `first` to `end` of a request to the open part and, while they do not fit, to the parts after it."""
     if request == 0:
         state[_REMAINING] = payload
-    state[_BLOCK] = 0
+        state[_BEGIN_BLOCK] = first
+    state[_BLOCK] = first
     state[_SPLIT] = 0
-    while (state[_REMAINING] < num_blocks - state[_BLOCK] + overhead) & (state[_PART] < num_sm_parts - 1):
+    while (state[_REMAINING] < end - state[_BLOCK] + overhead) & (state[_PART] < num_sm_parts - 1):
         if (state[_REMAINING] > overhead) & (may_cut != 0):
             state[_BLOCK] = state[_BLOCK] + state[_REMAINING] - overhead
             state[_SPLIT] = state[_SPLIT] + 1
             _close_part(metadata, state, request, state[_BLOCK], 1)
         else:
-            _close_part(metadata, state, request - 1, previous_num_blocks, 0)
+            _close_part(metadata, state, request - 1, previous_end, 0)
         state[_PART] = state[_PART] + 1
         state[_BEGIN_REQUEST] = request
         state[_BEGIN_BLOCK] = state[_BLOCK]
         state[_BEGIN_SPLIT] = state[_SPLIT]
         state[_REMAINING] = payload
-    state[_REMAINING] = state[_REMAINING] - (num_blocks - state[_BLOCK] + overhead)
+    state[_REMAINING] = state[_REMAINING] - (end - state[_BLOCK] + overhead)
     state[_NUM_SPLITS] = state[_NUM_SPLITS] + state[_SPLIT] + 1
     num_splits[request + 1] = state[_NUM_SPLITS]
 
@@ -119,14 +96,27 @@ def _plan_may_cut(plan):
     return T.if_then_else(plan < _PAYLOADS, 1, 0)
 
 
+def _first_block(cache_seqlen, seq_len_q, window_left):
+    return first_visible_block(cache_seqlen, seq_len_q, window_left, BLOCK_N)
+
+
+def _end_block(cache_seqlen):
+    return count_blocks(cache_seqlen, BLOCK_N)
+
+
+def _count_visible(cache_seqlen, seq_len_q, window_left):
+    """Blocks that some query sees, int32."""
+    return _end_block(cache_seqlen) - _first_block(cache_seqlen, seq_len_q, window_left)
+
+
 @T.macro
-def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead):
+def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead, seq_len_q, window_left):
     """Count the parts that a plan takes, and the pieces of the request that it cuts most; too many if it fails."""
     played[_PARTS] = 1
     played[_MOST_PIECES] = 1
     played[_LEFT] = payload  # what the open part may still take
     for request in T.serial(b):
-        num_blocks = count_blocks(cache_seqlens[request], BLOCK_N)
+        num_blocks = _count_visible(cache_seqlens[request], seq_len_q, window_left)
         if num_blocks + overhead <= played[_LEFT]:
             played[_LEFT] -= num_blocks + overhead
         elif may_cut != 0:
@@ -157,8 +147,8 @@ def make_metadata_program_cpu() -> Program:
         ``get_mla_metadata(cache_seqlens (b,) int32, tile_scheduler_metadata (num_sm_parts, 8) int32,
         num_splits (b + 1,) int32, overhead, combine_eighths, piece_eighths, seq_len_q, window_left)``; fills the
         second and the third. The integers after them are int32: three costs, as ``tilemla.costs`` has them, the
-        queries of a request, and how far back from its own position a query sees (-1, the only one so far, is all the
-        way).
+        queries of a request, and how far back from its own position a query sees, as ``attention.first_visible_key``
+        has it.
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
 
@@ -176,42 +166,53 @@ def make_metadata_program_cpu() -> Program:
         with T.Kernel(1, threads=1) as _:
             state = T.alloc_local((_STATE_SIZE,), "int32")
             total = T.alloc_local((1,), "int32")
-            blocks = T.alloc_local((2,), "int32")
+            blocks = T.alloc_local((_BLOCKS_SIZE,), "int32")
             played = T.alloc_local((_PLAYED_SIZE,), "int32")
             best = T.alloc_local((2,), "int32")  # plan and its cost
             total[0] = 0
             for request in T.serial(b):
-                total[0] = total[0] + count_blocks(cache_seqlens[request], BLOCK_N) + overhead
+                total[0] = total[0] + _count_visible(cache_seqlens[request], seq_len_q, window_left) + overhead
             share = T.alloc_var("int32", init=_share(total[0], num_sm_parts))
             best[0] = 0
             best[1] = _NEVER
             for plan in T.serial(2 * _PAYLOADS):
                 if _plan_payload(plan, share) > overhead:
-                    _play_plan(cache_seqlens, b, played, _plan_payload(plan, share), _plan_may_cut(plan), overhead)
+                    _play_plan(
+                        cache_seqlens,
+                        b,
+                        played,
+                        _plan_payload(plan, share),
+                        _plan_may_cut(plan),
+                        overhead,
+                        seq_len_q,
+                        window_left,
+                    )
                     if _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths) < best[1]:
                         best[0] = plan
                         best[1] = _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths)
             for part in T.serial(num_sm_parts):
-                _write_row(tile_scheduler_metadata, part, _idle_row(b))
+                write_part(tile_scheduler_metadata, part, idle_row(b))
             _start_walk(num_splits, state)
-            blocks[1] = 0
+            blocks[_PREVIOUS_END] = 0
             for request in T.serial(b):
-                blocks[0] = count_blocks(cache_seqlens[request], BLOCK_N)
+                blocks[_FIRST] = _first_block(cache_seqlens[request], seq_len_q, window_left)
+                blocks[_END] = _end_block(cache_seqlens[request])
                 _walk_request(
                     tile_scheduler_metadata,
                     num_splits,
                     state,
                     request,
-                    blocks[0],
-                    blocks[1],
+                    blocks[_FIRST],
+                    blocks[_END],
+                    blocks[_PREVIOUS_END],
                     _plan_payload(best[0], share),
                     _plan_may_cut(best[0]),
                     num_sm_parts,
                     overhead,
                 )
-                blocks[1] = blocks[0]
+                blocks[_PREVIOUS_END] = blocks[_END]
             if b > 0:
-                _close_part(tile_scheduler_metadata, state, b - 1, blocks[1], 0)
+                _close_part(tile_scheduler_metadata, state, b - 1, blocks[_PREVIOUS_END], 0)
 
     return Program(get_mla_metadata, {"tl.disable_safe_memory_legalize": True})
 
@@ -238,20 +239,30 @@ def make_metadata_program_sm90() -> Program:
         window_left: T.int32,
     ):
         with T.Kernel(1, threads=_THREADS) as _:
-            blocks_shared = T.alloc_shared((_CHUNK,), "int32")
+            first_shared = T.alloc_shared((_CHUNK,), "int32")
+            end_shared = T.alloc_shared((_CHUNK,), "int32")
             state = T.alloc_local((_STATE_SIZE,), "int32")
-            blocks = T.alloc_local((2,), "int32")
+            blocks = T.alloc_local((_BLOCKS_SIZE,), "int32")
             total = T.alloc_var("int32", init=0)
             tx = T.get_thread_binding()
             for step in T.serial(T.ceildiv(b, _THREADS)):
                 request = step * _THREADS + tx
                 if request < b:
-                    total += count_blocks(cache_seqlens[request], BLOCK_N) + overhead
+                    total += _count_visible(cache_seqlens[request], seq_len_q, window_left) + overhead
             share = T.alloc_var("int32", init=_share(T.warp_reduce_sum(total), num_sm_parts))
             played = T.alloc_local((_PLAYED_SIZE,), "int32")
             cost = T.alloc_var("int32", init=_NEVER)
             if _plan_payload(tx, share) > overhead:
-                _play_plan(cache_seqlens, b, played, _plan_payload(tx, share), _plan_may_cut(tx), overhead)
+                _play_plan(
+                    cache_seqlens,
+                    b,
+                    played,
+                    _plan_payload(tx, share),
+                    _plan_may_cut(tx),
+                    overhead,
+                    seq_len_q,
+                    window_left,
+                )
                 cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
             plan = T.alloc_var("int32", init=T.warp_reduce_min(cost * _THREADS + tx) % _THREADS)
             payload = T.alloc_var("int32", init=_plan_payload(plan, share))
@@ -259,36 +270,39 @@ def make_metadata_program_sm90() -> Program:
             for step in T.serial(T.ceildiv(num_sm_parts, _THREADS)):
                 part = step * _THREADS + tx
                 if part < num_sm_parts:
-                    _write_row(tile_scheduler_metadata, part, _idle_row(b))
+                    write_part(tile_scheduler_metadata, part, idle_row(b))
             if tx == 0:
                 _start_walk(num_splits, state)
-                blocks[1] = 0
+                blocks[_PREVIOUS_END] = 0
             for chunk in T.serial(T.ceildiv(b, _CHUNK)):
                 # the walk of the last chunk is over before it is overwritten; idle rows are written before live ones
                 T.sync_threads()
                 for step in T.serial(_CHUNK // _THREADS):
                     at = step * _THREADS + tx
                     if chunk * _CHUNK + at < b:
-                        blocks_shared[at] = count_blocks(cache_seqlens[chunk * _CHUNK + at], BLOCK_N)
+                        first_shared[at] = _first_block(cache_seqlens[chunk * _CHUNK + at], seq_len_q, window_left)
+                        end_shared[at] = _end_block(cache_seqlens[chunk * _CHUNK + at])
                 T.sync_threads()
                 if tx == 0:
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
-                        blocks[0] = blocks_shared[at]
+                        blocks[_FIRST] = first_shared[at]
+                        blocks[_END] = end_shared[at]
                         _walk_request(
                             tile_scheduler_metadata,
                             num_splits,
                             state,
                             chunk * _CHUNK + at,
-                            blocks[0],
-                            blocks[1],
+                            blocks[_FIRST],
+                            blocks[_END],
+                            blocks[_PREVIOUS_END],
                             payload,
                             may_cut,
                             num_sm_parts,
                             overhead,
                         )
-                        blocks[1] = blocks[0]
+                        blocks[_PREVIOUS_END] = blocks[_END]
             if (tx == 0) & (b > 0):
-                _close_part(tile_scheduler_metadata, state, b - 1, blocks[1], 0)
+                _close_part(tile_scheduler_metadata, state, b - 1, blocks[_PREVIOUS_END], 0)
 
     return Program(
         get_mla_metadata,

@@ -44,6 +44,24 @@ def read_part(tile_scheduler_metadata, part) -> Any:
     return Part(*(tile_scheduler_metadata[part, column] for column in range(len(Part._fields))))
 
 
+@T.macro
+def write_part(tile_scheduler_metadata, part, row) -> None:
+    """Write row `part` of the schedule."""
+    tile_scheduler_metadata[part, BEGIN_REQUEST] = row.begin_request
+    tile_scheduler_metadata[part, END_REQUEST_INCLUSIVE] = row.end_request_inclusive
+    tile_scheduler_metadata[part, BEGIN_BLOCK] = row.begin_block
+    tile_scheduler_metadata[part, END_BLOCK] = row.end_block
+    tile_scheduler_metadata[part, BEGIN_SPLIT] = row.begin_split
+    tile_scheduler_metadata[part, IS_FIRST_REQUEST_SPLIT] = row.is_first_request_split
+    tile_scheduler_metadata[part, IS_LAST_REQUEST_SPLIT] = row.is_last_request_split
+    tile_scheduler_metadata[part, RESERVED] = 0
+
+
+def idle_row(batch_size) -> Part:
+    """The row of a part without work."""
+    return Part(batch_size, batch_size - 1, 0, 0, 0, 0, 0)
+
+
 def count_blocks(cache_seqlen, block_n) -> Any:
     """Blocks of `block_n` tokens that hold `cache_seqlen` tokens; none for a length of 0 or less."""
     return T.shift_right(T.max(cache_seqlen, 0) + (block_n - 1), block_n.bit_length() - 1)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
     from tilemla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
     from tilemla.loader import ensure_module
+    from tilemla.merge import merge_states
     from tilemla.preloading import preload_modules
     from tilemla.spec import PRESETS, SUPPORTED_SPECS, KernelSpec, select_specs
     from tilemla.workspace import release_workspaces
@@ -29,6 +30,7 @@ _HOME = {
     "ensure_module": "tilemla.loader",
     "flash_mla_with_kvcache": "tilemla.interface",
     "get_mla_metadata": "tilemla.interface",
+    "merge_states": "tilemla.merge",
     "preload_modules": "tilemla.preloading",
     "release_workspaces": "tilemla.workspace",
     "select_specs": "tilemla.spec",
@@ -44,6 +46,7 @@ __all__ = [
     "ensure_module",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "merge_states",
     "preload_modules",
     "release_workspaces",
     "select_specs",

@@ -9,6 +9,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+# Blocks of 64 tokens between two cuts of a request in a batch-invariant call: many enough that merging costs little,
+# few enough that a long request is spread over the GPU. A change of it changes the bits of results.
+BATCH_INVARIANT_BLOCKS = 32
+
 # Rows of the query tile that costs are measured with.
 _TILE_ROWS = 64
 # The scheduler tries 16 payloads, from the equal share on, and one that is an overhead larger always works. Up to the

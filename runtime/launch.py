@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from tilemla.loader import find_module, load_module, loaded_specs
+from tilemla.loader import LoadedModule, find_module, load_module, loaded_specs
 from tilemla.log import logger
 from tilemla.select import arch_of, select_spec
-from tilemla.spec import DTYPES, HEAD_DIMS, PAGE_BLOCK_SIZES, TESTED_ARCHS, KernelSpec
+from tilemla.spec import SUPPORTED_SPECS, TESTED_ARCHS, KernelSpec
 
 # What a CPU counts as: enough parts that a batch exercises splitting.
 CPU_NUM_SMS = 8
@@ -27,7 +27,7 @@ class Kernels(NamedTuple):
 
 
 _kernels: dict[tuple[torch.device, torch.dtype, int, int, int], Kernels] = {}
-_metadata_kernels: dict[torch.device, Callable[..., None]] = {}
+_modules: dict[tuple[torch.device, torch.dtype | None], LoadedModule] = {}
 _num_sms: dict[torch.device, int] = {}
 
 
@@ -87,38 +87,48 @@ def kernels_for(
         if spec.arch not in TESTED_ARCHS:
             logger().warning("%s is untested on hardware: compare its results before you rely on them", spec.name)
         module = load_module(spec)
-        kernels = Kernels(spec, num_sms_of(device), **module.functions)
+        kernels = Kernels(spec, num_sms_of(device), *(module.functions[name] for name in Kernels._fields[2:]))
         _kernels[key] = kernels
     return kernels
 
 
-def metadata_kernel_for(device: torch.device) -> Callable[..., None]:
-    """Load and remember the scheduler for a device; modules of every dtype hold the same one.
+def module_for(device: torch.device, caller: str, dtype: torch.dtype | None = None) -> LoadedModule:
+    """Load a module for programs that do not depend on the cache's geometry: every module of a device has them.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the tensors are.
+    caller : str
+        The public function, for messages.
+    dtype : torch.dtype, optional
+        Where it matters, that of queries and outputs.
 
     Raises
     ------
     NotImplementedError
-        When no kernel runs on the device, or no module is built and none can be.
+        When no kernel runs on the device or takes the dtype, or no module is built and none can be.
     """
-    function = _metadata_kernels.get(device)
-    if function is None:
-        capability = _capability(device)
-        (head_dim_qk, head_dim_v), page_block_size = HEAD_DIMS[0], PAGE_BLOCK_SIZES[0]
-        candidates = [
-            select_spec(
-                device_type=device.type,
-                capability=capability,
-                dtype=dtype,
-                head_dim_qk=head_dim_qk,
-                head_dim_v=head_dim_v,
-                page_block_size=page_block_size,
-            )
-            for dtype in DTYPES
-        ]
-        _refuse_capture(device, "get_mla_metadata")
+    key = (device, dtype)
+    module = _modules.get(key)
+    if module is None:
+        default = select_spec(
+            device_type=device.type,
+            capability=_capability(device),
+            dtype=KernelSpec.dtype if dtype is None else str(dtype).removeprefix("torch."),
+            head_dim_qk=KernelSpec.head_dim_qk,
+            head_dim_v=KernelSpec.head_dim_v,
+            page_block_size=KernelSpec.page_block_size,
+        )
+        _refuse_capture(device, caller)
+        candidates = [default]
+        for spec in SUPPORTED_SPECS:
+            if spec.arch == default.arch and (dtype is None or spec.dtype == default.dtype):
+                candidates.append(spec)
         # Prefer what is open, then what is built, before generating one for this alone.
-        chosen = next((spec for spec in candidates if spec in loaded_specs()), None)
+        is_open = loaded_specs()
+        chosen = next((spec for spec in candidates if spec in is_open), None)
         if chosen is None:
-            chosen = next((spec for spec in candidates if find_module(spec) is not None), candidates[0])
-        function = _metadata_kernels[device] = load_module(chosen).functions["get_mla_metadata"]
-    return function
+            chosen = next((spec for spec in candidates if find_module(spec) is not None), default)
+        module = _modules[key] = load_module(chosen)
+    return module

@@ -13,7 +13,7 @@ from typing import Any
 
 # Raise it when the layout of a manifest, the exported functions or their parameters change: a module that was built
 # ahead by another version is then refused instead of being called with the wrong arguments.
-MANIFEST_FORMAT = 6
+MANIFEST_FORMAT = 7
 
 
 class ManifestError(ValueError):

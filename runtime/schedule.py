@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 
 from tilemla.allocate import allocator_for
-from tilemla.costs import ScheduleCosts, select_schedule_costs
-from tilemla.launch import arch_of_device, gpu_name_of, metadata_kernel_for, num_sms_of
+from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, select_schedule_costs
+from tilemla.launch import arch_of_device, gpu_name_of, module_for, num_sms_of
 from tilemla.plan import remember
 from tilemla.streams import current_device
 from tilemla.tuning.chosen import chosen_costs
-from tilemla.validate import METADATA_FIELDS, check_cache_seqlens, check_int
+from tilemla.validate import METADATA_FIELDS, SCHEDULING_BLOCK, check_cache_seqlens, check_int
 
 # Rows of a query tile in the formula below, whatever tile a kernel uses.
 _SCHEDULING_BLOCK_M = 64
 _METADATA_STRIDES = (METADATA_FIELDS, 1)
-_NO_WINDOW = -1
+NO_WINDOW = -1
 
 
 class ScheduleConfig(NamedTuple):
@@ -93,6 +93,9 @@ class SchedulePlan:
         Requests, at least one, and parts to spread them over.
     tokens_per_head_k : int
         Rows of queries that share a KV head: what cutting a request costs depends on them.
+    seq_len_q, window_left : int
+        Queries of a request, and how many tokens before its own position each sees; with -1, which is all, the number
+        of queries does not matter.
     costs : ScheduleCosts, optional
         What the schedules are made with; by default what was chosen for calls of the kind.
     get_mla_metadata : callable, optional
@@ -108,17 +111,18 @@ class SchedulePlan:
         num_sm_parts: int,
         tokens_per_head_k: int,
         *,
+        seq_len_q: int = 1,
+        window_left: int = NO_WINDOW,
         costs: ScheduleCosts | None = None,
         get_mla_metadata: Callable[..., None] | None = None,
     ) -> None:
         self._index = device.index if device.type == "cuda" else None
         self._empty = allocator_for(device)
-        self._schedule = get_mla_metadata or metadata_kernel_for(device)
+        self._schedule = get_mla_metadata or module_for(device, "get_mla_metadata").functions["get_mla_metadata"]
         self._metadata_shape = (num_sm_parts, METADATA_FIELDS)
         self._splits_shape = (batch_size + 1,)
         costs = costs or costs_for(device, tokens_per_head_k, batch_size, num_sm_parts)
-        # Without a window, how many queries there are does not matter.
-        self._arguments = (*costs, 1, _NO_WINDOW)
+        self._arguments = (*costs, seq_len_q, window_left)
 
     def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the scheduler on the current stream of the tensor's device; returns as ``make_schedule``.
@@ -138,7 +142,12 @@ class SchedulePlan:
 
 
 def make_schedule(
-    cache_seqlens: torch.Tensor, num_sm_parts: int, tokens_per_head_k: int
+    cache_seqlens: torch.Tensor,
+    num_sm_parts: int,
+    tokens_per_head_k: int,
+    *,
+    seq_len_q: int = 1,
+    window_left: int = NO_WINDOW,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a schedule where ``cache_seqlens`` is, without a host round trip.
 
@@ -148,8 +157,8 @@ def make_schedule(
         Tokens of each request; checked already.
     num_sm_parts : int
         Parts to spread the requests over.
-    tokens_per_head_k : int
-        Rows of queries that share a KV head: what cutting a request costs depends on them.
+    tokens_per_head_k, seq_len_q, window_left : int
+        As for ``SchedulePlan``.
 
     Returns
     -------
@@ -160,11 +169,57 @@ def make_schedule(
     batch_size = cache_seqlens.shape[0]
     device = cache_seqlens.device
     if batch_size == 0:
-        # Idle parts: begin_request = batch_size, end_request (inclusive) = batch_size - 1.
-        idle = torch.zeros((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
-        idle[:, 1] = -1
-        return idle, torch.zeros(1, dtype=torch.int32, device=device)
-    return SchedulePlan(device, batch_size, num_sm_parts, tokens_per_head_k).run(cache_seqlens)
+        return _schedule_of_nothing(num_sm_parts, device)
+    plan = SchedulePlan(
+        device, batch_size, num_sm_parts, tokens_per_head_k, seq_len_q=seq_len_q, window_left=window_left
+    )
+    return plan.run(cache_seqlens)
+
+
+def make_batch_invariant_schedule(
+    cache_seqlens: torch.Tensor, max_tokens: int, *, seq_len_q: int, window_left: int = NO_WINDOW
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a schedule that cuts each request by its own length alone, without a host round trip.
+
+    Parameters
+    ----------
+    cache_seqlens : Tensor, (batch_size,), int32
+        Tokens of each request; checked already.
+    max_tokens : int
+        Most tokens that a request can have: ``max_num_blocks_per_seq * page_block_size``. It decides how many parts
+        there are, not where requests are cut; what a longer request has beyond goes to its last piece.
+    seq_len_q, window_left : int
+        As for ``SchedulePlan``.
+
+    Returns
+    -------
+    tile_scheduler_metadata : Tensor, (num_sm_parts, 8), int32
+        Idle parts come last.
+    num_splits : Tensor, (batch_size + 1,), int32
+    """
+    batch_size, device = cache_seqlens.shape[0], cache_seqlens.device
+    if batch_size == 0:
+        return _schedule_of_nothing(1, device)
+    max_pieces = -(-max_tokens // (SCHEDULING_BLOCK * BATCH_INVARIANT_BLOCKS))
+    if window_left >= 0:
+        # The window begins anywhere in a block, and that block anywhere between two cuts.
+        blocks = (window_left + seq_len_q - 1) // SCHEDULING_BLOCK + 2
+        max_pieces = min(max_pieces, (blocks - 1) // BATCH_INVARIANT_BLOCKS + 2)
+    num_sm_parts = batch_size * max(max_pieces, 1)
+    schedule = (
+        torch.empty((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device),
+        torch.empty(batch_size + 1, dtype=torch.int32, device=device),
+    )
+    program = module_for(device, "flash_mla_with_kvcache").functions["get_batch_invariant_metadata"]
+    program(cache_seqlens, *schedule, BATCH_INVARIANT_BLOCKS, seq_len_q, window_left)
+    return schedule
+
+
+def _schedule_of_nothing(num_sm_parts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Idle parts: begin_request = batch_size = 0, end_request (inclusive) = -1."""
+    idle = torch.zeros((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device)
+    idle[:, 1] = -1
+    return idle, torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def get_mla_metadata(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from tilemla.spec import SUPPORTED_SPECS, KernelSpec
 
 # Machine code runs on its compute capability and on later minor ones of the same major one. 8.6 is missing: code for
@@ -35,21 +38,33 @@ def arch_of(device_type: str, capability: tuple[int, int] | None) -> str | None:
     return None
 
 
-def why_rejected(
-    spec: KernelSpec, *, arch: str, dtype: str, head_dim_qk: int, head_dim_v: int, page_block_size: int
-) -> str | None:
-    """Why ``spec`` does not serve a call, naming the argument, or None when it does."""
-    if spec.arch != arch:
-        return f"it is for {spec.arch}, the tensors are on {arch}"
-    if spec.dtype != dtype:
-        return f"q must be {spec.dtype}, got {dtype}"
-    if spec.head_dim_qk != head_dim_qk:
-        return f"q must have head dim {spec.head_dim_qk}, got {head_dim_qk}"
-    if spec.head_dim_v != head_dim_v:
-        return f"head_dim_v must be {spec.head_dim_v}, got {head_dim_v}"
-    if spec.page_block_size != page_block_size:
-        return f"k_cache must have page_block_size {spec.page_block_size}, got {page_block_size}"
-    return None
+# The arguments that a spec's fields say something about, in the order in which a call is refused.
+_ARGUMENTS = {
+    "dtype": "q must be {}",
+    "head_dim_qk": "q must have head dim {}",
+    "head_dim_v": "head_dim_v must be {}",
+    "page_block_size": "k_cache must have page_block_size {}",
+}
+
+
+def why_rejected(specs: Sequence[KernelSpec], call: Mapping[str, Any]) -> str:
+    """Why none of some specs serves a call, by the first argument that leaves none, naming what it may be.
+
+    Parameters
+    ----------
+    specs : sequence of KernelSpec
+        Those of one architecture.
+    call : mapping
+        The fields of a spec that would serve the call.
+    """
+    for field, words in _ARGUMENTS.items():
+        left = [spec for spec in specs if getattr(spec, field) == call[field]]
+        if not left:
+            known = [str(value) for value in dict.fromkeys(getattr(spec, field) for spec in specs)]
+            choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+            return f"{words.format(choice)}, got {call[field]}"
+        specs = left
+    raise ValueError(f"{specs[0].name} serves the call")
 
 
 def select_spec(
@@ -82,7 +97,7 @@ def select_spec(
     Raises
     ------
     NotImplementedError
-        When none does, with the reason for each spec of the device's architecture.
+        When none does, naming the argument, what it may be and what it got.
     """
     arch = arch_of(device_type, capability)
     if arch is None:
@@ -91,18 +106,9 @@ def select_spec(
             device += f" of compute capability {capability[0]}.{capability[1]}"
         known = ", ".join(f"{major}.{minor} ({arch})" for (major, minor), arch in _ARCHS.items())
         raise NotImplementedError(f"q must be on a CPU or on a GPU of compute capability {known}, got {device}")
-    rejections = []
-    for spec in SUPPORTED_SPECS:
-        reason = why_rejected(
-            spec,
-            arch=arch,
-            dtype=dtype,
-            head_dim_qk=head_dim_qk,
-            head_dim_v=head_dim_v,
-            page_block_size=page_block_size,
-        )
-        if reason is None:
+    call = dict(dtype=dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, page_block_size=page_block_size)
+    specs = [spec for spec in SUPPORTED_SPECS if spec.arch == arch]
+    for spec in specs:
+        if all(getattr(spec, field) == value for field, value in call.items()):
             return spec
-        if spec.arch == arch:
-            rejections.append(f"{spec.name}: {reason}")
-    raise NotImplementedError("there is no kernel for these arguments; " + "; ".join(rejections))
+    raise NotImplementedError(f"there is no kernel for these arguments: {why_rejected(specs, call)}")

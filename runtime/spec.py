@@ -7,7 +7,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 # What a module is for, and its programs. `read_pages` serves no call: the benchmark compares with it.
-KERNELS = {"mla_decode": ("get_mla_metadata", "mla_decode"), "read_pages": ("read_pages",)}
+KERNELS = {
+    "mla_decode": ("get_mla_metadata", "get_batch_invariant_metadata", "mla_decode", "merge_states"),
+    "read_pages": ("read_pages",),
+}
 # The functions that it exports beside its programs: a second way into one of them.
 _SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded",)}
 # Those that results were compared on: what is built unless others are asked for.
@@ -16,8 +19,8 @@ ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16")
 KV_FORMATS = ("dense",)
 # (head_dim_qk, head_dim_v); the rope part of a key is the difference.
-HEAD_DIMS = ((576, 512),)
-PAGE_BLOCK_SIZES = (64,)
+HEAD_DIMS = ((576, 512), (512, 512))
+PAGE_BLOCK_SIZES = (1, 16, 32, 64, 128, 256)
 # Rows of a query tile: wgmma multiplies 64 rows at a time, a CPU core keeps fewer rows in its cache, and where tensor
 # cores are fed by ldmatrix alone four warps hold an accumulator of 32 rows.
 BLOCK_M = {"sm_90a": 64, "cpu": 16, "sm_80": 32, "sm_89": 32, "sm_100": 32, "sm_120": 32}
@@ -104,9 +107,16 @@ class KernelSpec:
         if self.kv_format not in KV_FORMATS:
             return f"kv_format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format!r}"
         if (self.head_dim_qk, self.head_dim_v) not in HEAD_DIMS:
-            return f"(head_dim_qk, head_dim_v) must be (576, 512), got ({self.head_dim_qk}, {self.head_dim_v})"
+            known = " or ".join(map(str, HEAD_DIMS))
+            return f"(head_dim_qk, head_dim_v) must be {known}, got ({self.head_dim_qk}, {self.head_dim_v})"
         if self.page_block_size not in PAGE_BLOCK_SIZES:
-            return f"page_block_size must be 64, got {self.page_block_size}"
+            known = ", ".join(map(str, PAGE_BLOCK_SIZES))
+            return f"page_block_size must be one of {known}, got {self.page_block_size}"
+        if self.arch == "sm_90a" and (self.head_dim_qk, self.page_block_size) != (576, 64):
+            return (
+                "sm_90a has programs for head_dim_qk 576 and page_block_size 64 alone so far, "
+                f"got {self.head_dim_qk} and {self.page_block_size}"
+            )
         if self.block_m != BLOCK_M[self.arch]:
             return f"block_m must be {BLOCK_M[self.arch]} on {self.arch}, got {self.block_m}"
         if self.kernel == "read_pages" and (self.arch, self.page_block_size) != ("sm_90a", 64):
@@ -138,11 +148,12 @@ class KernelSpec:
 
 # What serves calls: what building ahead of time builds and what generating on demand may generate, the same list.
 SUPPORTED_SPECS: tuple[KernelSpec, ...] = tuple(
-    KernelSpec(arch=arch, dtype=dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, page_block_size=page_block_size)
+    spec
     for arch in ARCHS
     for dtype in DTYPES
     for head_dim_qk, head_dim_v in HEAD_DIMS
     for page_block_size in PAGE_BLOCK_SIZES
+    if (spec := KernelSpec(arch, dtype, "dense", head_dim_qk, head_dim_v, page_block_size)).why_invalid() is None
 )
 
 # What the benchmark compares with, built only when it is asked for.
@@ -179,7 +190,8 @@ def select_specs(
     kernels : collection of str
         Keys of ``KERNELS``.
     presets : collection of str
-        Keys of ``PRESETS``, whose specs are joined; none takes every spec.
+        Keys of ``PRESETS``, whose specs are joined. None takes those of all presets, or every spec where a cache format,
+        a head dim or a page size is asked for.
     archs, dtypes, kv_formats, head_dims_qk, head_dims_v, page_block_sizes : collection
         Values of a field to keep; none keeps all, and of the architectures ``TESTED_ARCHS``.
 
@@ -197,7 +209,10 @@ def select_specs(
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     every = SUPPORTED_SPECS + BENCHMARK_SPECS
-    chosen = {spec for preset in presets for spec in PRESETS[preset]} if presets else set(every)
+    of_a_geometry = kv_formats or head_dims_qk or head_dims_v or page_block_sizes
+    chosen = {spec for preset in presets or PRESETS for spec in PRESETS[preset]}
+    if not presets:
+        chosen.update(every if of_a_geometry else BENCHMARK_SPECS)
     filters = (
         ("arch", archs or TESTED_ARCHS),
         ("dtype", dtypes),

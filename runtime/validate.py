@@ -19,8 +19,11 @@ TMA_ALIGNMENT_BYTES = 16
 SCHEDULING_BLOCK = 64
 METADATA_FIELDS = 8
 
+_LSE_SCALES = {"e": math.log(2.0), "2": 1.0}
 
-def _describe(value: Any) -> str:
+
+def describe(value: Any) -> str:
+    """What an argument is, for a message."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
@@ -29,27 +32,36 @@ def _describe(value: Any) -> str:
 def check_tensor(name: str, value: Any, rank: int, layout: str) -> torch.Tensor:
     """Return ``value`` if it is a tensor of ``rank`` dimensions, laid out as ``layout`` says in words."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor {layout}, got {_describe(value)}")
+        raise TypeError(f"{name} must be a torch.Tensor {layout}, got {describe(value)}")
     if value.dim() != rank:
-        raise ValueError(f"{name} must have {rank} dimensions {layout}, got {_describe(value)}")
+        raise ValueError(f"{name} must have {rank} dimensions {layout}, got {describe(value)}")
     return value
 
 
 def check_int32(name: str, value: torch.Tensor, device: torch.device) -> None:
     """Check that a tensor of indices or lengths is int32 and lies where q does."""
     if value.dtype is not torch.int32:
-        raise TypeError(f"{name} must be int32, got {_describe(value)}")
+        raise TypeError(f"{name} must be int32, got {describe(value)}")
     if value.device != device:
-        raise ValueError(f"{name} must be on {device}, as q, got {_describe(value)}")
+        raise ValueError(f"{name} must be on {device}, as q, got {describe(value)}")
 
 
 def check_int(name: str, value: Any, at_least: int) -> int:
     """Return ``value`` if it is a plain integer that is large enough."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {_describe(value)}")
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return value
+
+
+def check_lse_base(lse_base: Any) -> float:
+    """The log of 2 in the base that is asked for: what a base-2 logarithm is multiplied by."""
+    if not isinstance(lse_base, str):
+        raise TypeError(f"lse_base must be a str, 'e' or '2', got {describe(lse_base)}")
+    if lse_base not in _LSE_SCALES:
+        raise ValueError(f"lse_base must be 'e' or '2', got {lse_base!r}")
+    return _LSE_SCALES[lse_base]
 
 
 def check_cache_seqlens(cache_seqlens: Any) -> torch.Tensor:
@@ -100,26 +112,26 @@ def check_decode_arguments(
     device = q.device
 
     if k_cache.dtype is not q.dtype:
-        raise TypeError(f"k_cache must be {q.dtype}, as q, got {_describe(k_cache)}")
+        raise TypeError(f"k_cache must be {q.dtype}, as q, got {describe(k_cache)}")
     if k_cache.device != device:
-        raise ValueError(f"k_cache must be on {device}, as q, got {_describe(k_cache)}")
+        raise ValueError(f"k_cache must be on {device}, as q, got {describe(k_cache)}")
     check_int32("block_table", block_table, device)
     check_int32("cache_seqlens", cache_seqlens, device)
 
     if seq_len_q < 1:
-        raise ValueError(f"q must have seq_len_q of at least 1, got {_describe(q)}")
+        raise ValueError(f"q must have seq_len_q of at least 1, got {describe(q)}")
     if num_heads_k < 1 or page_block_size < 1:
-        raise ValueError(f"k_cache must have a positive page_block_size and num_heads_k, got {_describe(k_cache)}")
+        raise ValueError(f"k_cache must have a positive page_block_size and num_heads_k, got {describe(k_cache)}")
     if num_heads_q < 1 or num_heads_q % num_heads_k:
         raise ValueError(
-            f"q must have num_heads_q that is a positive multiple of num_heads_k = {num_heads_k}, got {_describe(q)}"
+            f"q must have num_heads_q that is a positive multiple of num_heads_k = {num_heads_k}, got {describe(q)}"
         )
     if head_dim_k != head_dim_qk:
-        raise ValueError(f"k_cache must have head_dim_qk = {head_dim_qk}, as q, got {_describe(k_cache)}")
+        raise ValueError(f"k_cache must have head_dim_qk = {head_dim_qk}, as q, got {describe(k_cache)}")
     if block_table.shape[0] != batch_size:
-        raise ValueError(f"block_table must have batch_size = {batch_size} rows, got {_describe(block_table)}")
+        raise ValueError(f"block_table must have batch_size = {batch_size} rows, got {describe(block_table)}")
     if cache_seqlens.shape[0] != batch_size:
-        raise ValueError(f"cache_seqlens must have batch_size = {batch_size} elements, got {_describe(cache_seqlens)}")
+        raise ValueError(f"cache_seqlens must have batch_size = {batch_size} elements, got {describe(cache_seqlens)}")
     check_int("head_dim_v", head_dim_v, 1)
 
     if q.stride(3) != 1:
@@ -132,10 +144,10 @@ def check_decode_arguments(
         raise ValueError(f"cache_seqlens must be contiguous, got stride {cache_seqlens.stride()}")
 
     if causal is not True and causal is not False:
-        raise TypeError(f"causal must be a bool, got {_describe(causal)}")
+        raise TypeError(f"causal must be a bool, got {describe(causal)}")
     if softmax_scale is not None:
         if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-            raise TypeError(f"softmax_scale must be a float or None, got {_describe(softmax_scale)}")
+            raise TypeError(f"softmax_scale must be a float or None, got {describe(softmax_scale)}")
         if not (math.isfinite(softmax_scale) and softmax_scale >= 0):
             raise ValueError(f"softmax_scale must be finite and not negative, got {softmax_scale}")
     return block_table, cache_seqlens
@@ -181,11 +193,11 @@ def check_schedule_tensors(
     if fields != METADATA_FIELDS or num_sm_parts < 1:
         raise ValueError(
             f"tile_scheduler_metadata must have shape (num_sm_parts, {METADATA_FIELDS}) with at least one part, "
-            f"got {_describe(tile_scheduler_metadata)}"
+            f"got {describe(tile_scheduler_metadata)}"
         )
     if num_splits.shape[0] < batch_size + 1:
         raise ValueError(
-            f"num_splits must have at least batch_size + 1 = {batch_size + 1} elements, got {_describe(num_splits)}; "
+            f"num_splits must have at least batch_size + 1 = {batch_size + 1} elements, got {describe(num_splits)}; "
             "it was made for another batch"
         )
     if not tile_scheduler_metadata.is_contiguous():
@@ -206,10 +218,23 @@ def _check_lengths(cache_seqlens: torch.Tensor) -> int:
     return int(lengths.max())
 
 
+def _first_visible_tokens(cache_seqlens: Any, seq_len_q: int, window_left: int) -> Any:
+    """The first token of each request that a query sees, as the kernels have it; 0 without a window."""
+    if window_left < 0:
+        return np.zeros_like(cache_seqlens)
+    return np.maximum(cache_seqlens.astype(np.int64) - seq_len_q - window_left, 0)
+
+
 def check_cpu_pages(
-    block_table: torch.Tensor, cache_seqlens: torch.Tensor, num_blocks: int, page_block_size: int
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    num_blocks: int,
+    page_block_size: int,
+    *,
+    seq_len_q: int = 1,
+    window_left: int = -1,
 ) -> None:
-    """Check lengths and page ids of CPU tensors; entries past a request's length are not looked at.
+    """Check lengths and page ids of CPU tensors; entries past a request's end or before its window are not looked at.
 
     Raises
     ------
@@ -223,20 +248,23 @@ def check_cpu_pages(
         request = int(cache_seqlens.argmax())
         raise ValueError(
             f"block_table must have at least {-(-longest // page_block_size)} columns for cache_seqlens[{request}] = "
-            f"{longest} with page_block_size {page_block_size}, got {_describe(block_table)}"
+            f"{longest} with page_block_size {page_block_size}, got {describe(block_table)}"
         )
     if longest == 0:
         return
-    num_pages = (cache_seqlens.numpy() + (page_block_size - 1)) // page_block_size
+    lengths = cache_seqlens.numpy()
+    first_pages = _first_visible_tokens(lengths, seq_len_q, window_left) // page_block_size
+    end_pages = (lengths.astype(np.int64) + (page_block_size - 1)) // page_block_size
     table = block_table.numpy()
-    used = table[np.arange(width) < num_pages[:, None]]
+    columns = np.arange(width)
+    used = table[(columns >= first_pages[:, None]) & (columns < end_pages[:, None])]
     if int(used.min()) < 0 or int(used.max()) >= num_blocks:
-        _raise_page(table, num_pages, num_blocks)
+        _raise_page(table, first_pages.tolist(), end_pages.tolist(), num_blocks)
 
 
-def _raise_page(table: Any, num_pages: Any, num_blocks: int) -> None:
-    for request, count in enumerate(num_pages.tolist()):
-        for column, page in enumerate(table[request, :count].tolist()):
+def _raise_page(table: Any, first_pages: list[int], end_pages: list[int], num_blocks: int) -> None:
+    for request, (first, end) in enumerate(zip(first_pages, end_pages, strict=True)):
+        for column, page in enumerate(table[request, first:end].tolist(), first):
             if not 0 <= page < num_blocks:
                 raise ValueError(
                     f"block_table must hold page ids from 0 to num_blocks - 1 = {num_blocks - 1} where cache_seqlens "
@@ -245,17 +273,26 @@ def _raise_page(table: Any, num_pages: Any, num_blocks: int) -> None:
 
 
 def check_cpu_schedule(
-    tile_scheduler_metadata: torch.Tensor, num_splits: torch.Tensor, cache_seqlens: torch.Tensor
+    tile_scheduler_metadata: torch.Tensor,
+    num_splits: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    seq_len_q: int = 1,
+    window_left: int = -1,
 ) -> None:
-    """Check that a schedule in CPU memory covers each block of each request exactly once.
+    """Check that a schedule in CPU memory covers each block of each request that a query sees exactly once.
+
+    With a window, blocks that lie before it may be covered or left out: a schedule may know of the window or not.
 
     Raises
     ------
     ValueError
-        When it does not: the metadata was made for other lengths, or has been changed.
+        When it does not: the metadata was made for other lengths or another window, or has been changed.
     """
     batch_size = cache_seqlens.shape[0]
-    num_blocks = ((cache_seqlens.numpy() + (SCHEDULING_BLOCK - 1)) // SCHEDULING_BLOCK).tolist()
+    lengths = cache_seqlens.numpy()
+    num_blocks = ((lengths.astype(np.int64) + (SCHEDULING_BLOCK - 1)) // SCHEDULING_BLOCK).tolist()
+    first_visible = (_first_visible_tokens(lengths, seq_len_q, window_left) // SCHEDULING_BLOCK).tolist()
     offsets = num_splits[: batch_size + 1].tolist()
     request = block = split = 0
     for part, row in enumerate(tile_scheduler_metadata.tolist()):
@@ -265,6 +302,8 @@ def check_cpu_schedule(
         where = f"part {part} is {row}"
         if end_inclusive >= batch_size:
             _raise_schedule(f"{where}, past the last of {batch_size} requests")
+        if (begin, begin_split) == (request, split) and split == 0 <= begin_block <= first_visible[request]:
+            block = begin_block
         if (begin, begin_block, begin_split) != (request, block, split):
             _raise_schedule(f"{where}, but request {request} is covered up to block {block} in {split} splits")
         for request in range(begin, end_inclusive + 1):
@@ -290,5 +329,5 @@ def check_cpu_schedule(
 def _raise_schedule(found: str) -> None:
     raise ValueError(
         "tile_scheduler_metadata and num_splits must be a schedule for these cache_seqlens that covers each block of "
-        f"64 tokens exactly once; {found}. They were made for other cache_seqlens"
+        f"64 tokens exactly once; {found}. They were made for other cache_seqlens, or another window"
     )

@@ -7,9 +7,11 @@ import math
 
 import torch
 
-from cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, Inputs
+from cases import HEAD_DIM_V, Inputs
 from schedules import spread_schedule
 from tilemla.launch import kernels_for
+
+LN_2 = math.log(2.0)
 
 
 @dataclasses.dataclass
@@ -36,24 +38,41 @@ def unfold_heads(out, seq_len_q):
     return out.reshape(batch_size, seq_len_q, -1, head_dim)
 
 
-def decode(inputs: Inputs, *, causal=False, softmax_scale=None, num_sm_parts=8) -> Result:
-    """Decode with as many splits as there can be. What the kernels leave unwritten stays NaN."""
+def kernel_window(window, causal, seq_len_q):
+    """The window of a call as the kernels take it."""
+    left, right = window
+    bounds = [bound for bound in (right, 0 if causal else -1) if 0 <= bound < seq_len_q - 1]
+    return left, min(bounds, default=-1)
+
+
+def decode(
+    inputs: Inputs,
+    *,
+    causal=False,
+    softmax_scale=None,
+    num_sm_parts=8,
+    window=(-1, -1),
+    schedule=None,
+    lse_scale=LN_2,
+) -> Result:
+    """Decode with a schedule, or as many splits as there can be. What the kernels leave unwritten stays NaN."""
     q, k_cache = inputs.q, inputs.k_cache
-    batch_size, seq_len_q, num_heads_q, _ = q.shape
-    num_heads_k = k_cache.shape[2]
+    batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
+    _, page_block_size, num_heads_k, _ = k_cache.shape
     rows = seq_len_q * num_heads_q // num_heads_k
-    kernels = kernels_for(q.device, q.dtype, HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE)
+    kernels = kernels_for(q.device, q.dtype, head_dim_qk, HEAD_DIM_V, page_block_size)
     int32 = dict(dtype=torch.int32, device=q.device)
-    schedule = spread_schedule(inputs.cache_seqlens.tolist(), num_sm_parts)
-    metadata, num_splits = (torch.from_numpy(array).to(**int32) for array in schedule)
+    if schedule is None:
+        schedule = spread_schedule(inputs.cache_seqlens.tolist(), num_sm_parts)
+    metadata, num_splits = (torch.as_tensor(array).to(**int32) for array in schedule)
 
     def poisoned(*shape, dtype=torch.float32):
         return torch.full(shape, float("nan"), dtype=dtype, device=q.device)
 
-    max_num_splits = batch_size + num_sm_parts
+    max_num_splits = batch_size + metadata.shape[0]
     out = poisoned(batch_size, num_heads_k, rows, HEAD_DIM_V, dtype=q.dtype)
     lse = poisoned(batch_size, num_heads_k, rows)
-    scale = HEAD_DIM_QK**-0.5 if softmax_scale is None else softmax_scale
+    scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
     kernels.mla_decode(
         fold_heads(q, num_heads_k),
         k_cache,
@@ -65,14 +84,13 @@ def decode(inputs: Inputs, *, causal=False, softmax_scale=None, num_sm_parts=8) 
         lse,
         poisoned(max_num_splits, num_heads_k, rows, HEAD_DIM_V),
         poisoned(max_num_splits, num_heads_k, rows),
-        torch.zeros((num_heads_k, num_heads_q // num_heads_k), device=q.device),
+        poisoned(num_heads_k, 1) if inputs.attn_sink is None else inputs.attn_sink.view(num_heads_k, -1),
         max(scale * math.log2(math.e), 2.0**-126),  # the API's floor
-        math.log(2.0),
+        lse_scale,
         seq_len_q,
         num_heads_q // num_heads_k,
-        -1,
-        0 if causal else -1,
-        0,
+        *kernel_window(window, causal, seq_len_q),
+        int(inputs.attn_sink is not None),
     )
     lse = unfold_heads(lse[..., None], seq_len_q)[..., 0].transpose(1, 2)
     return Result(unfold_heads(out, seq_len_q), lse, num_splits)

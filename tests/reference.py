@@ -47,11 +47,23 @@ class Reference:
     score_magnitude: torch.Tensor
 
 
-def decode_reference(q, k_cache, block_table, cache_seqlens, head_dim_v=512, *, causal=False, softmax_scale=None):
-    """Attend by walking block_table; slots and table entries past cache_seqlens are not touched.
+def decode_reference(
+    q,
+    k_cache,
+    block_table,
+    cache_seqlens,
+    head_dim_v=512,
+    *,
+    causal=False,
+    softmax_scale=None,
+    window_size=(-1, -1),
+    attn_sink=None,
+):
+    """Attend by walking block_table; slots and table entries past cache_seqlens or before the window are not touched.
 
     Parameters are those of ``flash_mla_with_kvcache``, on any device. Returns a Reference on that device.
     """
+    left, right = window_size
     batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
     _, page_block_size, num_heads_k, _ = k_cache.shape
     group = num_heads_q // num_heads_k
@@ -64,14 +76,22 @@ def decode_reference(q, k_cache, block_table, cache_seqlens, head_dim_v=512, *, 
     for request, length in enumerate(cache_seqlens.tolist()):
         if length == 0:
             continue
-        pages = block_table[request, : -(-length // page_block_size)].long()
-        keys = k_cache[pages].flatten(0, 1)[:length].double().transpose(0, 1)  # (num_heads_k, length, head_dim_qk)
+        begin = max(length - seq_len_q - left, 0) // page_block_size * page_block_size if left >= 0 else 0
+        pages = block_table[request, begin // page_block_size : -(-length // page_block_size)].long()
+        # (num_heads_k, length - begin, head_dim_qk)
+        keys = k_cache[pages].flatten(0, 1)[: length - begin].double().transpose(0, 1)
         # Rows of a KV head are (query, head of the group), as in (seq_len_q, num_heads_k, group, head_dim_qk).
         queries = q[request].double().view(seq_len_q, num_heads_k, group, head_dim_qk).transpose(0, 1).flatten(1, 2)
-        scores = queries @ keys.transpose(1, 2) * scale  # (num_heads_k, seq_len_q * group, length)
+        scores = queries @ keys.transpose(1, 2) * scale  # (num_heads_k, seq_len_q * group, length - begin)
+        key = torch.arange(begin, length, device=q.device)
+        query = torch.arange(seq_len_q, device=q.device).repeat_interleave(group)[:, None]
+        distance = key - (length - seq_len_q + query)
         if causal:
-            visible = length - seq_len_q + 1 + torch.arange(seq_len_q, device=q.device).repeat_interleave(group)
-            scores.masked_fill_(torch.arange(length, device=q.device) >= visible[:, None], -math.inf)
+            scores.masked_fill_(distance > 0, -math.inf)
+        if right >= 0:
+            scores.masked_fill_(distance > right, -math.inf)
+        if left >= 0:
+            scores.masked_fill_(distance < -left, -math.inf)
         row_lse = scores.logsumexp(-1)
         sees_a_key = torch.isfinite(row_lse)
         probabilities = torch.exp(scores - torch.where(sees_a_key, row_lse, 0.0)[..., None])
@@ -85,6 +105,9 @@ def decode_reference(q, k_cache, block_table, cache_seqlens, head_dim_v=512, *, 
             rows = rows.view(num_heads_k, seq_len_q, group, head_dim_v).transpose(0, 1)
             return rows.reshape(seq_len_q, num_heads_q, head_dim_v)
 
+        if attn_sink is not None:
+            sink = attn_sink.double().view(num_heads_k, 1, group).expand(-1, seq_len_q, -1).flatten(1)
+            probabilities *= torch.where(sees_a_key, torch.sigmoid(row_lse - sink), 0.0)[..., None]
         out[request] = heads_last(probabilities @ values)
         out_magnitude[request] = heads_last((probabilities.float() @ values.abs().float()).double())
         lse[request] = heads_first(torch.where(sees_a_key, row_lse, math.inf))
@@ -92,7 +115,7 @@ def decode_reference(q, k_cache, block_table, cache_seqlens, head_dim_v=512, *, 
     return Reference(out, out_magnitude, lse, score_magnitude)
 
 
-def reference_of(inputs, *, causal=False, softmax_scale=None):
+def reference_of(inputs, *, causal=False, softmax_scale=None, window=(-1, -1)):
     """`decode_reference` of a case's inputs: anything with q, k_cache, block_table and cache_seqlens."""
     return decode_reference(
         inputs.q,
@@ -101,6 +124,8 @@ def reference_of(inputs, *, causal=False, softmax_scale=None):
         inputs.cache_seqlens,
         causal=causal,
         softmax_scale=softmax_scale,
+        window_size=window,
+        attn_sink=getattr(inputs, "attn_sink", None),
     )
 
 
@@ -156,14 +181,16 @@ def check_result(out, lse, reference, dtype=None):
     check_lse(lse, reference, dtype or out.dtype)
 
 
-def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=64):
+def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=64, first_blocks=None):
     """Raise AssertionError unless a schedule covers every block of every request exactly once and says so.
 
-    Takes NumPy int32 arrays ``(num_sm_parts, 8)``, ``(batch_size + 1,)`` or longer, and ``(batch_size,)``; returns the
-    pieces, a list per request of ``(part, begin_block, end_block)``.
+    With `first_blocks` a request's blocks are those from there on. Takes NumPy int32 arrays ``(num_sm_parts, 8)``,
+    ``(batch_size + 1,)`` or longer, and ``(batch_size,)``; returns the pieces, a list per request of
+    ``(part, begin_block, end_block)``.
     """
     batch_size = len(cache_seqlens)
     num_blocks = [-(-max(int(length), 0) // block_n) for length in cache_seqlens]
+    first_blocks = first_blocks or [0] * batch_size
     pieces = [[] for _ in range(batch_size)]
     split_flags = [[] for _ in range(batch_size)]
     for part, row in enumerate(np.asarray(tile_scheduler_metadata).tolist()):
@@ -177,7 +204,7 @@ def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=6
         assert begin < end_inclusive or first_is_split == last_is_split, f"{where}: one request, two answers"
         assert begin_split == len(pieces[begin]), f"{where}: the request has {len(pieces[begin])} pieces before it"
         for request in range(begin, end_inclusive + 1):
-            first = begin_block if request == begin else 0
+            first = begin_block if request == begin else first_blocks[request]
             end = end_block if request == end_inclusive else num_blocks[request]
             pieces[request].append((part, first, end))
             flag = first_is_split if request == begin else last_is_split if request == end_inclusive else 0
@@ -186,7 +213,7 @@ def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=6
     for request in range(batch_size):
         where = f"request {request} of {num_blocks[request]} blocks is cut into {pieces[request]}"
         assert pieces[request], where
-        at = 0
+        at = first_blocks[request]
         for _, first, end in pieces[request]:
             assert first == at and (end > first or num_blocks[request] == 0), where
             at = end

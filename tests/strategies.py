@@ -5,6 +5,17 @@ from hypothesis import strategies as st
 
 from cases import Case
 
+# dtype, page_block_size and head_dim_qk: every value of each in some module, for each module is seconds of building.
+GEOMETRIES = (
+    (torch.bfloat16, 64, 576),
+    (torch.float16, 64, 576),
+    (torch.bfloat16, 16, 512),
+    (torch.float16, 1, 576),
+    (torch.bfloat16, 256, 576),
+    (torch.float16, 32, 512),
+    (torch.bfloat16, 128, 512),
+)
+
 # Around the edges of pages (64 tokens), and a few pages.
 EDGE_LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 256, 320)
 
@@ -22,10 +33,17 @@ def head_counts(draw, max_heads):
     return draw(st.sampled_from(groups)) * num_heads_k, num_heads_k
 
 
+def windows(max_length):
+    """(left, right): none, a few tokens around each block's edge, any."""
+    bounds = st.one_of(st.just(-1), st.sampled_from((0, 1, 62, 63, 64, 65, 130)), st.integers(0, max_length + 10))
+    return st.one_of(st.just((-1, -1)), st.tuples(bounds, st.one_of(st.just(-1), st.integers(0, 5))))
+
+
 @st.composite
 def cases(draw, *, max_batch=5, max_length=700, max_heads=64, max_rows=130):
     """Cases that a CPU decodes in milliseconds; a GPU test asks for larger ones."""
     num_heads_q, num_heads_k = draw(head_counts(max_heads))
+    dtype, page_block_size, head_dim_qk = draw(st.sampled_from(GEOMETRIES))
     seq_lens = [count for count in (1, 1, 2, 3, 4) if count * num_heads_q <= max_rows]
     return Case(
         lengths=tuple(draw(st.lists(lengths_of_request(max_length), min_size=1, max_size=max_batch))),
@@ -33,7 +51,11 @@ def cases(draw, *, max_batch=5, max_length=700, max_heads=64, max_rows=130):
         num_heads_q=num_heads_q,
         num_heads_k=num_heads_k,
         causal=draw(st.booleans()),
-        dtype=draw(st.sampled_from((torch.bfloat16, torch.float16))),
+        dtype=dtype,
+        page_block_size=page_block_size,
+        head_dim_qk=head_dim_qk,
+        window=draw(windows(max_length)),
+        has_sink=draw(st.booleans()),
         softmax_scale=draw(st.sampled_from((None, None, 0.1, 0.01, 0.0))),
         q_std=draw(st.sampled_from((1.0, 1.0, 0.1, 8.0))),
         spare_pages=draw(st.integers(0, 3)),

@@ -39,7 +39,7 @@ def fresh_process_state(monkeypatch):
     """As if nothing had been loaded; what this process opened stays open."""
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr(launch, "_kernels", {})
-    monkeypatch.setattr(launch, "_metadata_kernels", {})
+    monkeypatch.setattr(launch, "_modules", {})
     for name in env.NAMES:
         if name != "TILEMLA_CACHE_DIR":
             monkeypatch.delenv(name, raising=False)

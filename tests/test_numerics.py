@@ -17,11 +17,11 @@ parts = st.sampled_from((1, 2, 3, 5, 8, 20))
 
 
 def run(case, inputs, **options):
-    return decode(inputs, causal=case.causal, softmax_scale=case.scale, **options)
+    return decode(inputs, causal=case.causal, softmax_scale=case.scale, window=case.window, **options)
 
 
 def expect(case, inputs):
-    return reference_of(inputs, causal=case.causal, softmax_scale=case.scale)
+    return reference_of(inputs, causal=case.causal, softmax_scale=case.scale, window=case.window)
 
 
 def bits(result):
@@ -37,8 +37,8 @@ def used_slots(case, inputs):
     """Bool (num_blocks, page_block_size): the slots that hold tokens."""
     used = torch.zeros(inputs.k_cache.shape[:2], dtype=torch.bool)
     for request, length in enumerate(case.lengths):
-        for column in range(-(-length // PAGE_BLOCK_SIZE)):
-            used[inputs.block_table[request, column], : length - column * PAGE_BLOCK_SIZE] = True
+        for column in case.pages(request):
+            used[inputs.block_table[request, column], : length - column * case.page_block_size] = True
     return used
 
 
@@ -106,7 +106,12 @@ def test_batch_equals_its_requests(device, case, num_sm_parts):
     alone = [
         run(
             case,
-            Inputs(inputs.q[i : i + 1], inputs.k_cache, inputs.block_table[i : i + 1], inputs.cache_seqlens[i : i + 1]),
+            dataclasses.replace(
+                inputs,
+                q=inputs.q[i : i + 1],
+                block_table=inputs.block_table[i : i + 1],
+                cache_seqlens=inputs.cache_seqlens[i : i + 1],
+            ),
             num_sm_parts=num_sm_parts,
         )
         for i in range(case.batch_size)
@@ -136,7 +141,7 @@ def test_splitting_changes_rounding_alone(device, dtype, causal):
 @settings(max_examples=20)
 def test_causal_query_is_a_shorter_request(device, case, num_sm_parts):
     """Query i of a causal call sees what a call of its own would, over the tokens up to it."""
-    case = dataclasses.replace(case, causal=True)
+    case = dataclasses.replace(case, causal=True, window=(-1, -1))
     inputs = make_inputs(case).to(device)
     reference = expect(case, inputs)
     result = run(case, inputs, num_sm_parts=num_sm_parts)

@@ -12,25 +12,30 @@ import tilemla
 from reference import check_schedule
 from schedules import BLOCK_N, spread_schedule, walk
 from tilemla.costs import ScheduleCosts, formula_costs
-from tilemla.launch import metadata_kernel_for
+from tilemla.launch import module_for
 
 PAYLOADS = 16
 FULL_TILE = formula_costs(64)
 
 
-def make_schedule(lengths, num_sm_parts, device, costs=FULL_TILE):
+def first_blocks(lengths, seq_len_q, window_left):
+    """The first block of each request that some query sees."""
+    return [max(length - seq_len_q - window_left, 0) // BLOCK_N if window_left >= 0 else 0 for length in lengths]
+
+
+def make_schedule(lengths, num_sm_parts, device, costs=FULL_TILE, seq_len_q=1, window_left=-1):
     """Run the generated scheduler on poisoned outputs."""
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
     num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
-    metadata_kernel_for(device)(cache_seqlens, metadata, num_splits, *costs, 1, -1)
+    scheduler = module_for(device, "a test").functions["get_mla_metadata"]
+    scheduler(cache_seqlens, metadata, num_splits, *costs, seq_len_q, window_left)
     return metadata.cpu().numpy(), num_splits.cpu().numpy()
 
 
-def best_plan(lengths, num_sm_parts, costs):
+def best_plan(blocks, num_sm_parts, costs):
     """The cheapest plan there is, by trying every payload: of equal ones one that may cut, then the least payload."""
     overhead, combine, piece = costs
-    blocks = [-(-length // BLOCK_N) for length in lengths]
     share = -(-(sum(blocks) + overhead * len(blocks)) // num_sm_parts)
     best = None
     for may_cut in (True, False):
@@ -58,26 +63,31 @@ lengths_strategy = st.lists(
         st.sampled_from((1, 16, 32, 63, 64, 128, 1000)).map(formula_costs),
         st.builds(ScheduleCosts, st.integers(0, 15), st.integers(0, 1023), st.integers(0, 63)),
     ),
+    seq_len_q=st.sampled_from((1, 2, 100)),
+    window_left=st.one_of(st.just(-1), st.sampled_from((0, 63, 64, 2**30)), st.integers(0, 100_000)),
 )
-@example(lengths=[0], num_sm_parts=1, costs=FULL_TILE)
-@example(lengths=[0] * 7, num_sm_parts=3, costs=FULL_TILE)
-@example(lengths=[0, 0], num_sm_parts=3, costs=ScheduleCosts(0, 0, 0))
-@example(lengths=[64 * 160], num_sm_parts=160, costs=ScheduleCosts(15, 1023, 63))
-@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132, costs=FULL_TILE)
-@example(lengths=[1], num_sm_parts=132, costs=FULL_TILE)
-@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, costs=FULL_TILE)
-@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132, costs=FULL_TILE)
+@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, costs=FULL_TILE, seq_len_q=1, window_left=640)
+@example(lengths=[0], num_sm_parts=1, costs=FULL_TILE, seq_len_q=1, window_left=-1)
+@example(lengths=[0] * 7, num_sm_parts=3, costs=FULL_TILE, seq_len_q=1, window_left=-1)
+@example(lengths=[0, 0], num_sm_parts=3, costs=ScheduleCosts(0, 0, 0), seq_len_q=1, window_left=-1)
+@example(lengths=[64 * 160], num_sm_parts=160, costs=ScheduleCosts(15, 1023, 63), seq_len_q=1, window_left=-1)
+@example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132, costs=FULL_TILE, seq_len_q=1, window_left=-1)
+@example(lengths=[1], num_sm_parts=132, costs=FULL_TILE, seq_len_q=1, window_left=-1)
+@example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, costs=FULL_TILE, seq_len_q=1, window_left=-1)
+@example(lengths=[4641, 45118, 1730, 1696], num_sm_parts=132, costs=FULL_TILE, seq_len_q=1, window_left=-1)
 @settings(max_examples=300)
-def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, costs):
+def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, costs, seq_len_q, window_left):
     assert costs.why_invalid() is None
-    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, costs)
-    pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N)  # every block is covered once
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, costs, seq_len_q, window_left)
+    begins = first_blocks(lengths, seq_len_q, window_left)
+    pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N, begins)  # every visible block is covered once
     found = [[] for _ in range(num_sm_parts)]
     for request, of_request in enumerate(pieces):
         for part, first, end in of_request:
-            found[part].append((request, first, end))
+            found[part].append((request, first - begins[request], end - begins[request]))
     if lengths:
-        plan = best_plan(lengths, num_sm_parts, costs)
+        blocks = [-(-length // BLOCK_N) - begin for length, begin in zip(lengths, begins, strict=True)]
+        plan = best_plan(blocks, num_sm_parts, costs)
         assert found[: len(plan)] == plan and not any(found[len(plan) :])
     # The partial buffers, of batch_size + num_sm_parts slots, are large enough.
     assert num_splits[-1] < len(lengths) + num_sm_parts or num_splits[-1] == len(lengths)
@@ -104,7 +114,7 @@ def test_spread_schedules_of_the_tests_are_schedules(lengths, num_sm_parts):
     check_schedule(*spread_schedule(lengths, num_sm_parts), lengths, BLOCK_N)
 
 
-@pytest.mark.parametrize("batch_size", [1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("batch_size", [1023, 1024, 1025, 5000, 65536])
 def test_large_batch(device, batch_size):
     """Lengths pass through the GPU's shared memory in chunks; the walk goes on across them."""
     lengths = np.random.default_rng(batch_size).integers(0, 3000, batch_size).tolist()

@@ -10,9 +10,7 @@ from tilemla.dsl.attention import (
     advance_max,
     final_lse,
     inverse_sum,
-    is_visible,
     mask_score,
-    needs_mask,
     partial_lse_log2,
     probability,
     rescale_factor,
@@ -35,6 +33,20 @@ from tilemla.dsl.sm90.tile import (
     phase_of,
     stage_of,
 )
+
+
+# The mask without a window on the left, `window_right` -1 or 0, in the form that this warpgroup has registers for.
+def is_visible(key, cache_seqlen, row, group_size, seq_len_q, window_right) -> Any:
+    """Whether a row attends to `key`, bool: ``attention.end_key_of_query`` without a division."""
+    causal = window_right + 1
+    seq_len = 1 + causal * (seq_len_q - 1)
+    step = 1 + causal * (group_size - 1)
+    return (key - cache_seqlen + seq_len) * step <= causal * row
+
+
+def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_right) -> Any:
+    """Whether some row does not see some key of `block`, bool."""
+    return (block + 1) * block_n > cache_seqlen - (window_right + 1) * (seq_len_q - 1)
 
 
 def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @repeatable(
-    "--preset", "presets", list(PRESETS), "Modules of a model. Default: all that there are; what follows narrows it"
+    "--preset",
+    "presets",
+    list(PRESETS),
+    "Modules of a model. Default: of every model, or with a cache format, a head dim or a page size, all that there "
+    "are; what follows narrows it",
 )
 @click.option(
     "--kernel",
@@ -66,6 +70,7 @@ def build(
     Examples:
       tilemla build --preset deepseek-v3                        into the cache, where decode calls find them
       tilemla build --arch sm_90a --dtype bfloat16 --out-dir m  into m/, for TILEMLA_MODULE_PATH
+      tilemla build --arch sm_90a --head-dim-qk 576 --page-block-size 16 --page-block-size 32
       tilemla build --preset deepseek-v3 --arch sm_90a --wheel --out-dir dist
       tilemla build --kernel mla_decode --kernel read_pages --arch sm_90a --out-dir m   for a benchmark elsewhere
       tilemla build --dry-run --json
