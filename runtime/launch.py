@@ -25,6 +25,11 @@ class Kernels(NamedTuple):
     mla_decode_unfolded: Callable[..., None]
     get_mla_metadata: Callable[..., None]
 
+    @classmethod
+    def of(cls, spec: KernelSpec, module: LoadedModule, device: torch.device) -> Kernels:
+        """Those of an open module."""
+        return cls(spec, num_sms_of(device), *(module.functions[name] for name in cls._fields[2:]))
+
 
 _kernels: dict[tuple[torch.device, torch.dtype, int, int, int], Kernels] = {}
 _modules: dict[tuple[torch.device, torch.dtype | None], LoadedModule] = {}
@@ -87,7 +92,7 @@ def kernels_for(
         if spec.arch not in TESTED_ARCHS:
             logger().warning("%s is untested on hardware: compare its results before you rely on them", spec.name)
         module = load_module(spec)
-        kernels = Kernels(spec, num_sms_of(device), *(module.functions[name] for name in Kernels._fields[2:]))
+        kernels = Kernels.of(spec, module, device)
         _kernels[key] = kernels
     return kernels
 

@@ -143,13 +143,10 @@ def ensure_module(spec: KernelSpec, on_step: OnStep | None = None) -> Found:
 
 def _explain_missing(spec: KernelSpec, reason: str) -> str:
     looked = ", ".join(f"{place.store} ({place.label})" for place in search_path(spec.arch))
-    kernel = f"--kernel {spec.kernel} " if spec.kernel != "mla_decode" else ""
-    options = f"{kernel}--arch {spec.arch} --dtype {spec.dtype} --head-dim-qk {spec.head_dim_qk}"
-    options += f" --page-block-size {spec.page_block_size}"
     return (
         f"{spec.name} is not built and cannot be generated here: {reason}. Looked in {looked or 'no place'}. Where a "
-        f"compiler is, build it with `tilemla build {options} --out-dir DIR` and put DIR in TILEMLA_MODULE_PATH, or "
-        "add --wheel and install the wheel"
+        f"compiler is, build it with `tilemla build {spec.build_options} --out-dir DIR` and put DIR in "
+        "TILEMLA_MODULE_PATH, or add --wheel and install the wheel"
     )
 
 

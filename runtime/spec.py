@@ -89,6 +89,15 @@ class KernelSpec:
         """Elements of the rope part: ``head_dim_qk - head_dim_v``."""
         return self.head_dim_qk - self.head_dim_v
 
+    @property
+    def build_options(self) -> str:
+        """Options of ``tilemla build`` that build this module alone."""
+        kernel = "" if self.kernel == KernelSpec.kernel else f"--kernel {self.kernel} "
+        return (
+            f"{kernel}--arch {self.arch} --dtype {self.dtype} --head-dim-qk {self.head_dim_qk} "
+            f"--page-block-size {self.page_block_size}"
+        )
+
     def why_invalid(self) -> str | None:
         """The one validity predicate.
 

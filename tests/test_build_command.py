@@ -1,5 +1,6 @@
 """``tilemla build`` as a user runs it: real processes, a pseudo-terminal, a compiler that fails."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -83,7 +84,7 @@ def test_unknown_command():
 @pytest.mark.parametrize(
     ("arguments", "specs"),
     [
-        ([], [spec for spec in SUPPORTED_SPECS if spec.arch in TESTED_ARCHS]),
+        ([], [spec for spec in PRESETS["deepseek-v3"] if spec.arch in TESTED_ARCHS]),
         (["--preset", "deepseek-v3"], [spec for spec in PRESETS["deepseek-v3"] if spec.arch in TESTED_ARCHS]),
         (["--arch", "sm_120", "--dtype", "float16"], [KernelSpec(arch="sm_120", dtype="float16")]),
         (["--preset", "deepseek-v3", "--arch", "cpu"], [SPEC, OTHER]),
@@ -91,6 +92,12 @@ def test_unknown_command():
         (["--kernel", "read_pages", "--kernel", "mla_decode"], [*select_specs(), *BENCHMARK_SPECS]),
         (["--arch", "cpu", "--arch", "sm_90a", "--dtype", "float16"], select_specs(dtypes=["float16"])),
         (["--head-dim-qk", "576", "--page-block-size", "64", "--arch", "cpu", "--dtype", "bfloat16"], [SPEC]),
+        (["--kv-format", "dense"], [spec for spec in SUPPORTED_SPECS if spec.arch in TESTED_ARCHS]),
+        (
+            ["--page-block-size", "16", "--arch", "cpu", "--dtype", "bfloat16"],
+            [dataclasses.replace(SPEC, head_dim_qk=qk, page_block_size=16) for qk in (576, 512)],
+        ),
+        (["--preset", "deepseek-v3", "--head-dim-qk", "576", "--arch", "cpu"], [SPEC, OTHER]),
     ],
 )
 def test_selection(tmp_path, arguments, specs):

@@ -58,7 +58,8 @@ def sm90_copy(cpu_entry, tmp_path):
     }
     for role, name in files.items():
         (directory / name).write_text(TEXTS.get(role, "machine code"))
-    fields = dict(name=SM90.name, spec=SM90.to_dict(), library=library, files=files, kernels=KERNELS)
+    programs = ("get_mla_metadata", "mla_decode")
+    fields = dict(name=SM90.name, spec=SM90.to_dict(), library=library, files=files, kernels=KERNELS, programs=programs)
     manifest = dataclasses.replace(cpu_entry.manifest, **fields)
     manifest_path(directory, SM90.name).write_text(manifest.to_json())
     return directory
@@ -115,7 +116,7 @@ def test_name_that_is_not_built(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEMLA_MODULE_PATH", str(tmp_path / "modules"))
     status, out, err = inspect(SM90.name)
     assert (status, out) == (1, "")
-    assert f"{SM90.name} is not built: `tilemla build --arch sm_90a --dtype bfloat16` builds it" in err
+    assert f"{SM90.name} is not built: `tilemla build {SM90.build_options}` builds it" in err
     assert str(tmp_path / "modules") in err
 
 
@@ -347,7 +348,9 @@ def test_real_gpu_module():
         status, out, err = inspect(directory, flag, "--program", "mla_decode")
         assert status == 0 and expected in out, err
     rows = rows_of(inspect(directory, "--resources")[1])
-    assert rows["warps per SM"][1] == "12 of 64" and set(rows["spill store bytes"]) == {"0"}
+    assert rows["warps per SM"][rows["kernel"].index("mla_decode_kernel")] == "12 of 64" and set(
+        rows["spill store bytes"]
+    ) == {"0"}
     try:
         find_disassembler()
     except ToolchainError:

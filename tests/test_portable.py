@@ -54,7 +54,7 @@ def test_module(arch, dtype, tmp_path):
     for kernel in (decode_kernel, combine_kernel):
         assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
         assert kernel.registers * kernel.threads <= 65536
-    assert all(callable(function) for function in open_module(entry)[2:])
+    assert all(callable(function) for function in open_module(entry).functions.values())
 
 
 @pytest.fixture(scope="module", params=[arch for arch in ARCHS if arch not in TESTED_ARCHS])
@@ -63,8 +63,7 @@ def on_sm90(request, tmp_path_factory):
     spec = KernelSpec(arch=request.param)
     entry = build_programs(spec.name, make_programs(spec), "sm_90", tmp_path_factory.mktemp("sm_90"))
     module = open_module(entry)
-    num_sms = num_sms_of(torch.device("cuda", 0))
-    return Kernels(spec, num_sms, module.mla_decode, module.mla_decode_unfolded, module.get_mla_metadata)
+    return Kernels.of(spec, module, torch.device("cuda", 0))
 
 
 @pytest.mark.gpu

@@ -118,9 +118,9 @@ def _search(name: str) -> Path:
         if entry_dir(store, name).is_dir():
             return manifest_path(entry_dir(store, name), name)
     looked = "".join(f"\n  {store}" for store in stores)
-    kernel = f"--kernel {spec.kernel} " if spec.kernel != "mla_decode" else ""
-    options = f"{kernel}--arch {spec.arch} --dtype {spec.dtype}"
-    raise click.ClickException(f"{name} is not built: `tilemla build {options}` builds it; looked in:{looked}")
+    raise click.ClickException(
+        f"{name} is not built: `tilemla build {spec.build_options}` builds it; looked in:{looked}"
+    )
 
 
 def _read(path: Path) -> Manifest:

@@ -41,8 +41,9 @@ def _num_sm_parts(case: GridCase, device: torch.device) -> int:
 
 def _schedule(module: LoadedModule, case: GridCase, inputs: GridInputs, costs: ScheduleCosts) -> _Schedule:
     num_sm_parts = _num_sm_parts(case, inputs.q.device)
+    schedule = module.functions["get_mla_metadata"]
     plan = SchedulePlan(
-        inputs.q.device, case.batch_size, num_sm_parts, case.rows, costs=costs, get_mla_metadata=module.get_mla_metadata
+        inputs.q.device, case.batch_size, num_sm_parts, case.rows, costs=costs, get_mla_metadata=schedule
     )
     return plan.run(inputs.cache_seqlens)
 
@@ -52,13 +53,7 @@ def _make_call(
 ) -> Decode:
     """A decode call of one module that follows a schedule, as ``flash_mla_with_kvcache`` makes it."""
     plan = DecodePlan(
-        Kernels(
-            spec,
-            num_sms_of(inputs.q.device),
-            module.mla_decode,
-            module.mla_decode_unfolded,
-            module.get_mla_metadata,
-        ),
+        Kernels.of(spec, module, inputs.q.device),
         inputs.q,
         num_heads_k=case.num_heads_k,
         head_dim_v=HEAD_DIM_V,
