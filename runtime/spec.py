@@ -199,8 +199,8 @@ def select_specs(
     kernels : collection of str
         Keys of ``KERNELS``.
     presets : collection of str
-        Keys of ``PRESETS``, whose specs are joined. None takes those of all presets, or every spec where a cache format,
-        a head dim or a page size is asked for.
+        Keys of ``PRESETS``, whose specs are joined. None takes those of all presets, or every spec where a cache
+        format, a head dim or a page size is asked for.
     archs, dtypes, kv_formats, head_dims_qk, head_dims_v, page_block_sizes : collection
         Values of a field to keep; none keeps all, and of the architectures ``TESTED_ARCHS``.
 

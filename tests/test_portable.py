@@ -13,7 +13,7 @@ from tilemla import launch
 from tilemla.codegen.build import build_module, build_programs
 from tilemla.codegen.lower import MAX_SMEM_BYTES
 from tilemla.dsl import make_programs
-from tilemla.launch import Kernels, num_sms_of
+from tilemla.launch import Kernels
 from tilemla.loader import open_module
 from tilemla.spec import ARCHS, TESTED_ARCHS, KernelSpec
 
