@@ -16,7 +16,6 @@ from tilemla.dsl.attention import (
     end_key_of_query,
     final_lse,
     first_key_of_query,
-    first_visible_block,
     first_visible_key,
     inverse_sum,
     mask_score,
@@ -25,6 +24,7 @@ from tilemla.dsl.attention import (
     partial_lse_log2,
     probability,
     rescale_factor,
+    sink_factor,
 )
 from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, end_block, first_block, is_split, read_part, split_slot
@@ -120,12 +120,12 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                 )
 
     @T.macro
-    def load_tokens(kv, stage, kcache, block_table, request, head, first, first_key, cache_seqlen, tx):
-        # Tokens past the end are the last one over again, those before the window its first. Their probability is 0,
-        # and unlike what lies past the end of the sequence, 0 times them is 0.
+    def load_tokens(kv, stage, kcache, block_table, request, head, first, visible, tx):
+        # Tokens that no query sees are the nearest one that is seen over again. Their probability is 0, and unlike what
+        # may lie where they are, 0 times that is 0.
         for step in T.unroll(block_n // rows_per_pass):
             j = step * rows_per_pass + tx // _LANES_PER_ROW
-            token = T.max(T.min(first + j, cache_seqlen - 1), first_key)
+            token = T.max(T.min(first + j, visible.end - 1), visible.begin)
             page = page_index(block_table, request, token // page_block_size)
             for line in T.unroll(head_dim_qk // _LINE):
                 column = line * _LINE + tx % _LANES_PER_ROW * _CHUNK
@@ -171,19 +171,20 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
             sums = T.alloc_fragment((block_m, block_n), accum)  # over each thread's columns until the request ends
             running_max = T.alloc_fragment((block_m,), accum)
             tile_max = T.alloc_fragment((block_m,), accum)
+            first_key = T.alloc_fragment((block_m,), "int32")  # that a row sees
+            end_key = T.alloc_fragment((block_m,), "int32")
             row_sum = T.alloc_fragment((block_m,), accum)
+            factor = T.alloc_fragment((block_m,), accum)
             tx = T.get_thread_binding()
             row0 = tile_index * block_m
             part = read_part(tile_scheduler_metadata, part_index)
             for request in T.serial(part.begin_request, part.end_request_inclusive + 1):
                 cache_seqlen = T.alloc_var("int32", init=cache_seqlens[request])
-                first_key = T.alloc_var("int32", init=first_visible_key(cache_seqlen, seq_len_q, window_left))
+                first_seen = T.alloc_var("int32", init=first_visible_key(cache_seqlen, seq_len_q, window_left))
+                visible = SimpleNamespace(begin=first_seen, end=cache_seqlen)
                 begin = T.alloc_var(
                     "int32",
-                    init=T.max(
-                        first_block(part, request), first_visible_block(cache_seqlen, seq_len_q, window_left, BLOCK_N)
-                    )
-                    * tiles_per_block,
+                    init=T.max(first_block(part, request) * tiles_per_block, T.truncdiv(first_seen, block_n)),
                 )
                 end = T.alloc_var(
                     "int32",
@@ -204,14 +205,17 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                             request,
                             head,
                             (begin + k) * block_n,
-                            first_key,
-                            cache_seqlen,
+                            visible,
                             tx,
                         )
                     T.ptx_commit_group()
                 T.fill(acc, 0)
                 T.fill(sums, 0)
                 T.fill(running_max, RUNNING_MAX_START)
+                for i in T.Parallel(block_m):
+                    query_index = T.truncdiv(row0 + i, group_size)
+                    first_key[i] = first_key_of_query(query_index, cache_seqlen, seq_len_q, window_left)
+                    end_key[i] = end_key_of_query(query_index, cache_seqlen, seq_len_q, window_right)
                 for step in T.serial(end - begin):
                     if ahead > 0:
                         T.ptx_wait_group(ahead - 1)
@@ -226,8 +230,7 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                             request,
                             head,
                             (begin + step + ahead) * block_n,
-                            first_key,
-                            cache_seqlen,
+                            visible,
                             tx,
                         )
                     T.ptx_commit_group()
@@ -240,12 +243,7 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                     if needs_mask(begin + step, block_n, cache_seqlen, seq_len_q, window_left, window_right):
                         for i, j in T.Parallel(block_m, block_n):
                             key = (begin + step) * block_n + j
-                            query_index = T.truncdiv(row0 + i, group_size)
-                            tile[i, j] = mask_score(
-                                tile[i, j],
-                                (key >= first_key_of_query(query_index, cache_seqlen, seq_len_q, window_left))
-                                & (key < end_key_of_query(query_index, cache_seqlen, seq_len_q, window_right)),
-                            )
+                            tile[i, j] = mask_score(tile[i, j], (key >= first_key[i]) & (key < end_key[i]))
                     T.reduce_max(tile, tile_max, dim=1, clear=True)
                     for i in T.Parallel(block_m):
                         tile_max[i] = advance_max(running_max[i], tile_max[i] * softmax_scale_log2)
@@ -261,7 +259,11 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                 T.ptx_wait_group(0)
                 T.reduce_sum(sums, row_sum, dim=1, clear=True)
                 for i in T.Parallel(block_m):
-                    scale[i] = inverse_sum(row_sum[i])
+                    factor[i] = inverse_sum(row_sum[i])
+                    if (has_sink != 0) & T.Not(is_split(part, request)):
+                        sink = attn_sink[head, T.truncmod(row0 + i, group_size)]
+                        factor[i] = factor[i] * sink_factor(row_sum[i], running_max[i], sink)
+                T.copy(factor, scale)
                 for i, j in T.Parallel(block_m, head_dim_v):
                     acc[i, j] = acc[i, j] * scale[i]
                 if is_split(part, request):
@@ -280,6 +282,17 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                         if row0 + i < rows:
                             softmax_lse[request, head, row0 + i] = final_lse(row_sum[i], running_max[i], lse_scale)
 
-        combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes)
+        merging = SimpleNamespace(
+            out_accum=out_accum,
+            lse_accum_log2=lse_accum_log2,
+            num_splits=num_splits,
+            out=out,
+            softmax_lse=softmax_lse,
+            attn_sink=attn_sink,
+            group_size=group_size,
+            has_sink=has_sink,
+            lse_scale=lse_scale,
+        )
+        combine(merging, sizes)
 
     return Program(mla_decode, PASS_CONFIG)

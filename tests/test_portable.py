@@ -1,5 +1,6 @@
 """Modules for GPUs that results were not compared on: what comes out of nvcc, and the same text run on an H100."""
 
+import dataclasses
 import re
 
 import pytest
@@ -21,24 +22,35 @@ pytestmark = pytest.mark.skipif(missing_nvcc() is not None, reason=f"needs nvcc:
 
 slow = pytest.mark.slow
 
+UNTESTED_ARCHS = [arch for arch in ARCHS if arch not in TESTED_ARCHS]
+
 
 def test_every_architecture_has_a_tile():
     from tilemla.dsl.decode_mma import TILES
 
-    assert set(TILES) == set(ARCHS) - set(TESTED_ARCHS)
+    assert set(TILES) == set(UNTESTED_ARCHS)
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype"),
+    ("arch", "dtype", "head_dim_qk", "page_block_size"),
     [
-        ("sm_80", "bfloat16"),
-        pytest.param("sm_89", "float16", marks=slow),
-        pytest.param("sm_100", "bfloat16", marks=slow),
-        ("sm_120", "float16"),
+        ("sm_80", "bfloat16", 576, 64),
+        pytest.param("sm_80", "float16", 576, 1, marks=slow),
+        pytest.param("sm_80", "float16", 512, 16, marks=slow),
+        pytest.param("sm_89", "float16", 576, 64, marks=slow),
+        pytest.param("sm_89", "bfloat16", 576, 16, marks=slow),
+        pytest.param("sm_89", "bfloat16", 512, 1, marks=slow),
+        pytest.param("sm_100", "bfloat16", 576, 64, marks=slow),
+        pytest.param("sm_100", "float16", 576, 1, marks=slow),
+        pytest.param("sm_100", "bfloat16", 512, 256, marks=slow),
+        ("sm_120", "float16", 576, 64),
+        pytest.param("sm_120", "bfloat16", 576, 16, marks=slow),
+        ("sm_120", "bfloat16", 512, 1),
     ],
 )
-def test_module(arch, dtype, tmp_path):
-    entry = build_module(KernelSpec(arch=arch, dtype=dtype), tmp_path)
+def test_module(arch, dtype, head_dim_qk, page_block_size, tmp_path):
+    spec = KernelSpec(arch=arch, dtype=dtype, head_dim_qk=head_dim_qk, page_block_size=page_block_size)
+    entry = build_module(spec, tmp_path)
     ptx = text_of(entry, "mla_decode.ptx")
     for text in (ptx, text_of(entry, "get_mla_metadata.ptx")):
         assert re.search(rf"^\.target {arch}\s*$", text, re.MULTILINE)
@@ -57,10 +69,17 @@ def test_module(arch, dtype, tmp_path):
     assert all(callable(function) for function in open_module(entry).functions.values())
 
 
-@pytest.fixture(scope="module", params=[arch for arch in ARCHS if arch not in TESTED_ARCHS])
+ON_SM90 = [
+    *(KernelSpec(arch=arch) for arch in UNTESTED_ARCHS),
+    KernelSpec(arch="sm_80", page_block_size=1, head_dim_qk=512),
+    KernelSpec(arch="sm_120", page_block_size=256),
+]
+
+
+@pytest.fixture(scope="module", params=ON_SM90, ids=lambda spec: spec.name)
 def on_sm90(request, tmp_path_factory):
     """The module of another architecture, its text lowered and compiled for compute capability 9.0."""
-    spec = KernelSpec(arch=request.param)
+    spec = request.param
     entry = build_programs(spec.name, make_programs(spec), "sm_90", tmp_path_factory.mktemp("sm_90"))
     module = open_module(entry)
     return Kernels.of(spec, module, torch.device("cuda", 0))
@@ -74,15 +93,20 @@ def on_sm90(request, tmp_path_factory):
         Case(lengths=(3, 700, 0, 129), seq_len_q=3, num_heads_q=24, causal=True),
         Case(lengths=(4000,), num_heads_q=128, seq_len_q=2, causal=True),
         Case(lengths=(31, 33, 320), num_heads_q=8, num_heads_k=2, q_std=10.0),
+        Case(lengths=(2, 700, 0, 129), seq_len_q=3, num_heads_q=24, window=(100, 1), has_sink=True),
+        Case(lengths=(1000, 64, 31), num_heads_q=8, num_heads_k=2, seq_len_q=5, window=(0, -1), has_sink=True),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("num_sm_parts", [1, 8, 40])
 def test_text_on_hopper(on_sm90, case, num_sm_parts, monkeypatch):
-    device = torch.device("cuda", 0)
-    monkeypatch.setitem(launch._kernels, (device, case.dtype, 576, 512, 64), on_sm90)
+    device, spec = torch.device("cuda", 0), on_sm90.spec
+    case = dataclasses.replace(case, page_block_size=spec.page_block_size, head_dim_qk=spec.head_dim_qk)
+    key = (device, case.dtype, spec.head_dim_qk, spec.head_dim_v, spec.page_block_size)
+    monkeypatch.setitem(launch._kernels, key, on_sm90)
     inputs = make_inputs(case).to(device)
-    result = decode(inputs, causal=case.causal, num_sm_parts=num_sm_parts)
-    check_result(result.out, result.lse, reference_of(inputs, causal=case.causal))
-    again = decode(inputs, causal=case.causal, num_sm_parts=num_sm_parts)
+    options = dict(causal=case.causal, window=case.window)
+    result = decode(inputs, num_sm_parts=num_sm_parts, **options)
+    check_result(result.out, result.lse, reference_of(inputs, **options))
+    again = decode(inputs, num_sm_parts=num_sm_parts, **options)
     assert torch.equal(result.out, again.out) and torch.equal(result.lse, again.lse)

@@ -5,13 +5,12 @@ and loads from many splits are under way at once. With a large batch there are m
 need nothing: there each warp merges a row, so that launching CTAs does not become the cost.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import tilelang.language as T
 
 from tilemla.config import KernelConfig
-from tilemla.dsl.attention import final_lse, inverse_sum
+from tilemla.dsl.attention import final_lse, inverse_sum, sink_factor
 from tilemla.dsl.combine import advance_max, count_splits, needs_combine, split_weight, start_max
 
 _WARPS = 4
@@ -36,8 +35,9 @@ def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bo
     Returns
     -------
     macro
-        ``combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes)``; ``sizes`` holds
-        ``batch_size``, ``num_heads_k`` and ``rows`` as expressions. A request that was not split is left alone.
+        ``combine(t, sizes)``; ``t`` holds the arguments of ``mla_decode`` that it reads and writes, by their names
+        there, ``sizes`` ``batch_size``, ``num_heads_k`` and ``rows`` as expressions. A request that was not split is
+        left alone.
     """
 
     def make_merge_row(vectors: int) -> Any:
@@ -85,11 +85,14 @@ def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bo
                         for i in T.unroll(vectors * _VECTOR):
                             merged[i] += partial[u, i] * share
             weight_sum = T.warp_reduce_sum(weight_sum)
+            factor = T.alloc_var(accum, init=inverse_sum(weight_sum))
+            if t.has_sink != 0:
+                factor *= sink_factor(weight_sum, most, t.attn_sink[head, T.truncmod(row, t.group_size)])
             for i in T.unroll(vectors):
                 for v in T.vectorized(_VECTOR):
-                    t.out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = merged[
-                        i * _VECTOR + v
-                    ] * inverse_sum(weight_sum)
+                    t.out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = (
+                        merged[i * _VECTOR + v] * factor
+                    )
             if (lane == 0) & (column == 0):
                 t.softmax_lse[request, head, row] = final_lse(weight_sum, most, t.lse_scale)
 
@@ -100,26 +103,19 @@ def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bo
     merge_row_by_cta = make_merge_row(per_lane // _WARPS)
 
     @T.macro
-    def combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes):
+    def combine(t, sizes):
         is_full = sizes.batch_size * sizes.num_heads_k * sizes.rows >= config.full_grid
         rows_per_cta = T.if_then_else(is_full, _WARPS, 1)
         with T.Kernel(
             sizes.batch_size, sizes.num_heads_k, T.ceildiv(sizes.rows, rows_per_cta), threads=_WARPS * _LANES
         ) as (request, head, row_block):
             # Not split, nothing to wait for: num_splits is older than the decode kernel.
-            if needs_combine(num_splits, request):
+            if needs_combine(t.num_splits, request):
                 if early:
                     T.pdl_sync()
                 warp = T.get_thread_binding() // _LANES
-                first = num_splits[request]
-                count = count_splits(num_splits, request)
-                t = SimpleNamespace(
-                    out_accum=out_accum,
-                    lse_accum_log2=lse_accum_log2,
-                    out=out,
-                    softmax_lse=softmax_lse,
-                    lse_scale=lse_scale,
-                )
+                first = t.num_splits[request]
+                count = count_splits(t.num_splits, request)
                 if rows_per_cta == 1:
                     merge_row_by_cta(t, request, head, row_block, warp * (head_dim_v // _WARPS), first, count)
                 elif row_block * _WARPS + warp < sizes.rows:

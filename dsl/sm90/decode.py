@@ -170,6 +170,17 @@ def make_decode_program(spec, config) -> Program:
                 cursor = T.alloc_local((CURSOR_SIZE,), "int32")
                 output_warpgroup(right, cursor, HALF, RIGHT_BARRIER, t)
 
-        combine(out_accum, lse_accum_log2, num_splits, out, softmax_lse, lse_scale, sizes)
+        merging = SimpleNamespace(
+            out_accum=out_accum,
+            lse_accum_log2=lse_accum_log2,
+            num_splits=num_splits,
+            out=out,
+            softmax_lse=softmax_lse,
+            attn_sink=attn_sink,
+            group_size=group_size,
+            has_sink=has_sink,
+            lse_scale=lse_scale,
+        )
+        combine(merging, sizes)
 
     return Program(mla_decode, PASS_CONFIG)
