@@ -1,6 +1,7 @@
 # The commands of the README. Everything lives inside the checkout: .venv/ and .cache/.
 #
 #   make demo    generate modules and decode a paged batch through them
+#   make example serve requests with a small DeepSeek-V3 of transformers (EXAMPLE_ARGS="--device cuda --graph")
 #   make test    lint, types, and every test that this machine can run
 #   make build   build modules ahead of time into modules/ (ARCH="cpu sm_90a", DTYPE="bfloat16 float16")
 #   make bench-check
@@ -21,6 +22,7 @@ DTYPE ?= bfloat16 float16
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+EXAMPLE_ARGS ?=
 BENCH_RECORD := tuning_logs/mla_decode_sm_90a_bf16_dense_d576_v512_p64_m64/h100.bench.jsonl
 
 # Modules that are generated on demand, and compilers' own caches, stay in the checkout too.
@@ -29,10 +31,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(wildcard runtime/*.py runtime/*/*.py dsl/*.py dsl/*/*.py codegen/*.py tuning_logs/*.py)
 
-.PHONY: demo test check lint types build wheel bench-check format clean
+.PHONY: demo example test check lint types build wheel bench-check format clean
 
 demo: $(VENV)/.run
 	@$(BIN)/python -m tilemla.demo
+
+example: $(VENV)/.example
+	@$(BIN)/python examples/serve.py $(EXAMPLE_ARGS)
 
 test: check
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -79,6 +84,10 @@ $(VENV)/.run: $(VENV)/.made pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+$(VENV)/.example: $(VENV)/.run pyproject.toml
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[examples]'
 	@touch $@
 
 $(CACHE)/types/.installed: $(VENV)/.dev pyproject.toml $(SOURCES)
