@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -204,7 +205,7 @@ def test_the_command_serves_compares_and_tells_the_time(examples, device):
     result = run_command(examples, "--device", device.type, "--dtype", "float16", *sizes)
     assert result.exit_code == 0, result.output
     assert "Every token is the one that the library's eager attention and cache give." in result.output
-    assert "ms a token" in result.output
+    assert re.search(r"decode: .* ms a step, [\d.]+ ms a token\nprefill: .* [\d.]+ ms a token\n", result.output)
 
 
 def test_the_command_refuses_a_graph_without_a_gpu(examples):
