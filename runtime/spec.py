@@ -121,11 +121,6 @@ class KernelSpec:
         if self.page_block_size not in PAGE_BLOCK_SIZES:
             known = ", ".join(map(str, PAGE_BLOCK_SIZES))
             return f"page_block_size must be one of {known}, got {self.page_block_size}"
-        if self.arch == "sm_90a" and (self.head_dim_qk, self.page_block_size) != (576, 64):
-            return (
-                "sm_90a has programs for head_dim_qk 576 and page_block_size 64 alone so far, "
-                f"got {self.head_dim_qk} and {self.page_block_size}"
-            )
         if self.block_m != BLOCK_M[self.arch]:
             return f"block_m must be {BLOCK_M[self.arch]} on {self.arch}, got {self.block_m}"
         if self.kernel == "read_pages" and (self.arch, self.page_block_size) != ("sm_90a", 64):

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import tilelang.language as T
 
 from tilemla.dsl.program import Program
-from tilemla.dsl.schedule import NUM_COLUMNS, read_part
+from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
-from tilemla.dsl.sm90.load import CURSOR_SIZE
+from tilemla.dsl.sm90.load import cursor_size
 from tilemla.dsl.sm90.output import make_output_warpgroup
 from tilemla.dsl.sm90.score import make_score_warpgroup
 from tilemla.dsl.sm90.tile import (
@@ -34,6 +34,7 @@ from tilemla.dsl.sm90.tile import (
     RIGHT_BARRIER,
     ROWS,
     SCORE_REGISTERS,
+    STAGE_COLUMNS,
     WARPGROUP,
 )
 
@@ -64,15 +65,15 @@ def make_decode_program(spec, config) -> Program:
         ``mla_decode``, of the parameters that ``tilemla.dsl.make_programs`` lists.
     """
     dtype, accum = spec.dtype, "float32"
-    block_n, head_dim_v, head_dim_qk = spec.page_block_size, spec.head_dim_v, spec.head_dim_qk
+    page_block_size, head_dim_v, head_dim_qk = spec.page_block_size, spec.head_dim_v, spec.head_dim_qk
     num_tail_steps = head_dim_qk // K_STEP - Q_STEPS_IN_REGISTERS
     b, h_k, rows, num_blocks, max_num_blocks_per_seq = T.dynamic("b, h_k, rows, num_blocks, max_num_blocks_per_seq")
     num_sm_parts, len_num_splits, max_num_splits = T.dynamic("num_sm_parts, len_num_splits, max_num_splits")
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
-    score_warpgroup = make_score_warpgroup(dtype, block_n, head_dim_qk, head_dim_v, config)
-    output_warpgroup = make_output_warpgroup(block_n, head_dim_qk, head_dim_v, config)
+    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, head_dim_v, config)
+    output_warpgroup = make_output_warpgroup(page_block_size, head_dim_qk, head_dim_v, config)
     combine = make_combine(head_dim_v, accum, config, early=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
@@ -80,7 +81,7 @@ def make_decode_program(spec, config) -> Program:
     def mla_decode(
         q: T.StridedTensor((b, h_k, rows, head_dim_qk), (q_stride_b, q_stride_h, q_stride_row, 1), dtype),
         kcache: T.StridedTensor(
-            (num_blocks, block_n, h_k, head_dim_qk), (k_stride_page, k_stride_token, k_stride_h, 1), dtype
+            (num_blocks, page_block_size, h_k, head_dim_qk), (k_stride_page, k_stride_token, k_stride_h, 1), dtype
         ),
         block_table: T.StridedTensor((b, max_num_blocks_per_seq), (table_stride_b, 1), "int32"),
         cache_seqlens: T.Tensor((b,), "int32"),
@@ -99,18 +100,19 @@ def make_decode_program(spec, config) -> Program:
         window_right: T.int32,
         has_sink: T.int32,
     ):
-        with T.Kernel(T.ceildiv(rows, ROWS), h_k, num_sm_parts, threads=NUM_THREADS) as (tile_index, head, part_index):
-            kv = T.alloc_shared((NUM_STAGES, block_n, head_dim_qk), dtype)
+        # Tiles of a part lie side by side: they read the same pages. A grid has no bound on its first axis alone.
+        with T.Kernel(T.ceildiv(rows, ROWS) * num_sm_parts, h_k, threads=NUM_THREADS) as (tile_of_part, head):
+            kv = T.alloc_shared((NUM_STAGES, BLOCK_N, STAGE_COLUMNS), dtype)
             q_tail = T.alloc_shared((num_tail_steps * ROWS * K_STEP,), dtype)
             alpha = T.alloc_shared((2, ROWS), accum, scope="shared")
             inverse_sums = T.alloc_shared((ROWS,), accum, scope="shared")
-            tile = T.alloc_shared((2,), "int32", scope="shared")
+            tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
             full = T.alloc_barrier([1] * NUM_THIRDS * NUM_STAGES)  # a warp loaded
             empty = T.alloc_barrier([8] * NUM_STAGES)  # the warps that multiply with V are done
             p_full = T.alloc_barrier([4] * NUM_STAGES)  # the warps that make P are done
 
             tx = T.get_thread_binding()
-            row0 = tile_index * ROWS
+            part_index = T.alloc_var("int32", init=T.truncdiv(tile_of_part, T.ceildiv(rows, ROWS)))
             part = read_part(tile_scheduler_metadata, part_index)
             # The walk's bounds stay in registers, the rest of the row is read where it is wanted.
             begin_request = part.begin_request
@@ -119,8 +121,9 @@ def make_decode_program(spec, config) -> Program:
             last_end_block = part.end_block
             T.pdl_trigger()
             if tx == 0:
-                tile[0] = row0
+                tile[0] = (tile_of_part - part_index * T.ceildiv(rows, ROWS)) * ROWS
                 tile[1] = head
+                tile[2] = part_index
             T.sync_threads()
             t = SimpleNamespace(
                 q=q,
@@ -134,6 +137,9 @@ def make_decode_program(spec, config) -> Program:
                 lse_accum_log2=lse_accum_log2,
                 softmax_scale_log2=softmax_scale_log2,
                 lse_scale=lse_scale,
+                attn_sink=attn_sink,
+                has_sink=has_sink,
+                window_left=window_left,
                 window_right=window_right,
                 kv=kv,
                 q_tail=q_tail,
@@ -144,12 +150,11 @@ def make_decode_program(spec, config) -> Program:
                 empty=empty,
                 p_full=p_full,
                 tx=tx,
-                row0=row0,
                 rows=rows,
                 head=head,
                 group_size=group_size,
                 seq_len_q=seq_len_q,
-                part=part._replace(
+                part=read_part(tile_scheduler_metadata, tile[2])._replace(
                     begin_request=begin_request,
                     end_request_inclusive=end_request_inclusive,
                     begin_block=begin_block,
@@ -167,7 +172,7 @@ def make_decode_program(spec, config) -> Program:
             else:
                 T.set_max_nreg(OUTPUT_REGISTERS, 0)
                 right = T.alloc_fragment((ROWS, HALF), accum)
-                cursor = T.alloc_local((CURSOR_SIZE,), "int32")
+                cursor = T.alloc_local((cursor_size(page_block_size),), "int32")
                 output_warpgroup(right, cursor, HALF, RIGHT_BARRIER, t)
 
         merging = SimpleNamespace(

@@ -1,65 +1,125 @@
-"""The loading warp: where it is in the walk, and one TMA load of the next item."""
+"""The loading warp: where it is in the walk, and the TMA loads of the next item."""
 
 from typing import Any
 
 import tilelang.language as T
 
 from tilemla.config import KernelConfig
-from tilemla.dsl.attention import page_index
-from tilemla.dsl.schedule import end_block, first_block
-from tilemla.dsl.sm90.tile import NUM_THIRDS, ROWS, arrive_warp, assume_stage
+from tilemla.dsl.attention import first_visible_key
+from tilemla.dsl.schedule import BLOCK_N
+from tilemla.dsl.sm90.tile import (
+    NOT_UNROLLED,
+    NUM_THIRDS,
+    ROWS,
+    SLICE,
+    arrive_warp,
+    assume_stage,
+    begin_and_end,
+    columns_of_thirds,
+)
 
-# The load cursor, a local int32 buffer: the next item to load. BLOCK is -1 when that is a Q tile; PAGE is read one item
-# ahead, so that the latency of the block table is hidden.
-REQUEST, BLOCK, END, PAGE, CURSOR_SIZE = range(5)
+# The load cursor, a local int32 buffer: the next item to load. BLOCK is that block, or -1 - block before the Q tile of
+# its request is loaded; IS_SHORT says whether the piece is short. PAGE and what follows are page ids, read one item
+# ahead so that the latency of the block table is hidden.
+REQUEST, BLOCK, END, IS_SHORT, PAGE = range(5)
+
+_LANES = 32
 
 
-def make_loader(block_n: int, head_dim_qk: int, config: KernelConfig) -> tuple[Any, Any]:
+def cursor_size(page_block_size: int) -> int:
+    """Elements of the load cursor: a lane holds the ids of every 32nd page of a block."""
+    pages = max(BLOCK_N // page_block_size, 1)
+    return PAGE + -(-pages // _LANES)
+
+
+def make_loader(page_block_size: int, head_dim_qk: int, config: KernelConfig) -> tuple[Any, Any]:
     """Make the macros ``seek(cursor, t)`` and ``load(stage, parity, cursor, t)``.
 
     Parameters
     ----------
-    block_n : int
-        Tokens of a page.
+    page_block_size : int
+        Tokens of a page: a power of two. A block of 64 tokens is some pages or a part of one.
     head_dim_qk : int
         Columns of an item.
     config : KernelConfig
         Its ``short_piece``.
     """
-    third = head_dim_qk // NUM_THIRDS
+    thirds = columns_of_thirds(head_dim_qk)
+    pages = max(BLOCK_N // page_block_size, 1)  # of a block
+    blocks = max(page_block_size // BLOCK_N, 1)  # of a page
+    tokens = min(page_block_size, BLOCK_N)  # that one load brings
+    ids = cursor_size(page_block_size) - PAGE  # of a lane
+    tuple_of_ids = tuple(range(ids))
+    # A load that is not as high as the block is as wide as the swizzle's atom.
+    slices = [tuple(range(first, first + width, SLICE)) for _, first, width in thirds]
 
     @T.macro
     def seek(cursor, t):
         # To the Q tile of the first request from cursor[REQUEST] on that has blocks; past the last one if none has.
-        cursor[BLOCK] = -1
         cursor[END] = 0
         while (cursor[REQUEST] <= t.part.end_request_inclusive) & (cursor[END] == 0):
-            end = end_block(t.part, cursor[REQUEST], t.cache_seqlens[cursor[REQUEST]], block_n)
-            if end > first_block(t.part, cursor[REQUEST]):
+            bounds = begin_and_end(cursor[REQUEST], t)
+            begin = T.alloc_var("int32", init=bounds.begin)
+            end = T.alloc_var("int32", init=bounds.end)
+            if end > begin:
+                cursor[BLOCK] = -1 - begin
                 cursor[END] = end
+                cursor[IS_SHORT] = T.if_then_else(end - begin <= config.short_piece, 1, 0)
             else:
                 cursor[REQUEST] += 1
 
     @T.macro
-    def copy_thirds(stage, source_of, eviction_policy, t):
-        for i in T.unroll(NUM_THIRDS):
+    def read_page_ids(cursor, t):
+        # Of block cursor[BLOCK], each lane its own. For pages that no query sees others stand in.
+        if pages == 1:
+            cursor[PAGE] = t.block_table[cursor[REQUEST], T.shift_right(cursor[BLOCK], blocks.bit_length() - 1)]
+        else:
+            seqlen = T.alloc_var("int32", init=t.cache_seqlens[cursor[REQUEST]])
+            first_key = first_visible_key(seqlen, t.seq_len_q, t.window_left)
+            first = T.alloc_var("int32", init=T.truncdiv(first_key, page_block_size))
+            last = T.alloc_var("int32", init=T.truncdiv(seqlen - 1, page_block_size))
+            for i in T.unroll(ids):
+                page = cursor[BLOCK] * pages + i * _LANES + t.tx % min(pages, _LANES)
+                cursor[PAGE + i] = t.block_table[cursor[REQUEST], T.min(T.max(page, first), last)]
+
+    @T.macro
+    def copy_q(stage, cursor, t):
+        for i, first, width in thirds:
             T.tma_copy(
-                source_of(i * third),
-                t.kv[stage, :, i * third : i * third + third],
+                t.q[cursor[REQUEST], t.head, t.tile[0] : t.tile[0] + ROWS, first : first + width],
+                t.kv[stage, :, first : first + width],
                 barrier=t.full[stage * NUM_THIRDS + i],
-                leader_scope_threads=32,
-                eviction_policy=eviction_policy,
+                leader_scope_threads=_LANES,
             )
             arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
 
     @T.macro
-    def copy_page(stage, eviction_policy, cursor, t):
-        copy_thirds(
-            stage,
-            lambda first: t.kcache[cursor[PAGE], 0:block_n, t.head, first : first + third],
-            eviction_policy,
-            t,
-        )
+    def copy_block(stage, eviction_policy, cursor, t):
+        # How far into its page a block begins.
+        token = T.bitwise_and(cursor[BLOCK], blocks - 1) * tokens if blocks > 1 else 0
+        for i, first, width in thirds:
+            if pages == 1:
+                T.tma_copy(
+                    t.kcache[cursor[PAGE], token : token + tokens, t.head, first : first + width],
+                    t.kv[stage, :, first : first + width],
+                    barrier=t.full[stage * NUM_THIRDS + i],
+                    leader_scope_threads=_LANES,
+                    eviction_policy=eviction_policy,
+                )
+            else:
+                for k in tuple_of_ids:
+                    for lane in T.unroll(min(pages, _LANES), annotations=NOT_UNROLLED):
+                        page_id = T.alloc_var("int32", init=T.shfl_sync(cursor[PAGE + k], lane))
+                        row = (k * _LANES + lane) * tokens
+                        for column in slices[i]:
+                            T.tma_copy(
+                                t.kcache[page_id, 0:tokens, t.head, column : column + SLICE],
+                                t.kv[stage, row : row + tokens, column : column + SLICE],
+                                barrier=t.full[stage * NUM_THIRDS + i],
+                                leader_scope_threads=_LANES,
+                                eviction_policy=eviction_policy,
+                            )
+            arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
 
     @T.macro
     def load(stage, parity, cursor, t):
@@ -67,22 +127,17 @@ def make_loader(block_n: int, head_dim_qk: int, config: KernelConfig) -> tuple[A
         if cursor[REQUEST] <= t.part.end_request_inclusive:
             T.barrier_wait(t.empty[stage], parity)
             if cursor[BLOCK] < 0:
-                copy_thirds(
-                    stage,
-                    lambda first: t.q[cursor[REQUEST], t.head, t.row0 : t.row0 + ROWS, first : first + third],
-                    None,
-                    t,
-                )
-                cursor[BLOCK] = first_block(t.part, cursor[REQUEST])
-                cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
+                copy_q(stage, cursor, t)
+                cursor[BLOCK] = -1 - cursor[BLOCK]
+                read_page_ids(cursor, t)
             else:
-                if cursor[END] - first_block(t.part, cursor[REQUEST]) <= config.short_piece:
-                    copy_page(stage, "evict_first", cursor, t)
+                if cursor[IS_SHORT] != 0:
+                    copy_block(stage, "evict_first", cursor, t)
                 else:
-                    copy_page(stage, None, cursor, t)
+                    copy_block(stage, None, cursor, t)
                 cursor[BLOCK] += 1
                 if cursor[BLOCK] < cursor[END]:
-                    cursor[PAGE] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
+                    read_page_ids(cursor, t)
                 else:
                     cursor[REQUEST] += 1
                     seek(cursor, t)

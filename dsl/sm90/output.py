@@ -5,24 +5,27 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.config import KernelConfig
-from tilemla.dsl.schedule import end_block, first_block, is_split, split_slot
+from tilemla.dsl.attention import first_visible_key
+from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
 from tilemla.dsl.sm90.load import REQUEST, make_loader
 from tilemla.dsl.sm90.tile import (
     HALF,
     LOAD_WARP_END,
+    NOT_UNROLLED,
     NUM_STAGES,
     RIGHT_BARRIER,
     ROWS,
     WARPGROUP,
     arrive_warp,
     assume_stage,
+    begin_and_end,
     next_turn,
     phase_of,
     stage_of,
 )
 
 
-def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
+def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
     """Make the macro ``output_warpgroup(acc, cursor, column, barrier_id, t)``.
 
     ``acc`` is the (64, 256) accumulator, ``column`` its first output column, ``barrier_id`` the warpgroup's named
@@ -30,13 +33,13 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, confi
 
     Parameters
     ----------
-    block_n, head_dim_qk, head_dim_v : int
+    page_block_size, head_dim_qk, head_dim_v : int
         Tokens of a page, columns of a key and of a value.
     config : KernelConfig
         See `make_loader`.
     """
     accum = "float32"
-    seek, load = make_loader(block_n, head_dim_qk, config)
+    seek, load = make_loader(page_block_size, head_dim_qk, config)
 
     @T.macro
     def scale_rows(acc, scale):
@@ -44,12 +47,21 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, confi
             acc[i, j] = acc[i, j] * scale[i]
 
     @T.macro
-    def clear_past_end(request, block, stage, column, barrier_id, t):
-        # P is 0 past the end of the sequence, but what lies there may be NaN.
-        if (block + 1) * block_n > t.cache_seqlens[request]:
-            for i, j in T.Parallel(block_n, HALF):
-                if block * block_n + i >= t.cache_seqlens[request]:
-                    t.kv[stage, i, column + j] = 0
+    def clear_tokens(begin, end, stage, column, t):
+        for i in T.unroll(begin, end, annotations=NOT_UNROLLED):
+            for j in T.Parallel(HALF):
+                t.kv[stage, i, column + j] = 0
+
+    @T.macro
+    def clear_unseen(request, block, stage, column, barrier_id, t):
+        # P is 0 where no query sees a token, but what lies there may be NaN.
+        assume_stage(stage)
+        shift = T.alloc_var("int32", init=block * BLOCK_N)
+        seqlen = T.alloc_var("int32", init=t.cache_seqlens[request])
+        first = T.alloc_var("int32", init=first_visible_key(seqlen, t.seq_len_q, t.window_left) - shift)
+        if (shift + BLOCK_N > seqlen) | (first > 0):
+            clear_tokens(0, T.min(first, BLOCK_N), stage, column, t)
+            clear_tokens(T.max(seqlen - shift, 0), BLOCK_N, stage, column, t)
             T.fence_proxy_async()
             T.sync_threads(barrier_id, WARPGROUP)
 
@@ -81,9 +93,18 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, confi
     @T.macro
     def write_empty(request, column, t):
         # No block was there to read: nothing is in the accumulator, and no stage is free.
-        for i in T.serial(T.min(ROWS, t.rows - t.tile[0])):
-            for j in T.Parallel(HALF):
-                t.out[request, t.tile[1], t.tile[0] + i, column + j] = 0
+        row0 = T.alloc_var("int32", init=t.tile[0])
+        head = T.alloc_var("int32", init=t.tile[1])
+        end_row = T.alloc_var("int32", init=T.min(row0 + ROWS, t.rows))
+        if is_split(t.part, request):
+            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+            for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
+                for j in T.Parallel(HALF):
+                    t.out_accum[slot, head, row, column + j] = 0
+        else:
+            for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
+                for j in T.Parallel(HALF):
+                    t.out[request, head, row, column + j] = 0
 
     @T.macro
     def hand_back(stage, turn: T.Ref, cursor, loads, t):
@@ -107,8 +128,9 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, confi
                 for stage in T.serial(NUM_STAGES):
                     load(stage, 1, cursor, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            begin = T.alloc_var("int32", init=first_block(t.part, request))
-            end = T.alloc_var("int32", init=end_block(t.part, request, t.cache_seqlens[request], block_n))
+            bounds = begin_and_end(request, t)
+            begin = T.alloc_var("int32", init=bounds.begin)
+            end = T.alloc_var("int32", init=bounds.end)
             if begin >= end:
                 write_empty(request, column, t)
             else:
@@ -122,10 +144,12 @@ def make_output_warpgroup(block_n: int, head_dim_qk: int, head_dim_v: int, confi
                             for i in T.Parallel(ROWS):
                                 scale[i] = t.alpha[block % 2, i]
                             scale_rows(acc, scale)
-                        if block == end - 1:
-                            clear_past_end(request, block, stage, column, barrier_id, t)
+                        if (block == end - 1) | (block == begin):
+                            clear_unseen(request, block, stage, column, barrier_id, t)
                         T.wgmma_gemm(
-                            t.kv[stage, :, head_dim_v:head_dim_qk], t.kv[stage, :, column : column + HALF], acc
+                            t.kv[stage, :, head_dim_v : head_dim_v + BLOCK_N],
+                            t.kv[stage, :, column : column + HALF],
+                            acc,
                         )
                         T.wait_wgmma(0)
                     if block < end - 1:

@@ -8,14 +8,18 @@ from tilemla.config import KernelConfig
 from tilemla.dsl.attention import (
     RUNNING_MAX_START,
     advance_max,
+    end_key_of_query,
     final_lse,
+    first_key_of_query,
     inverse_sum,
     mask_score,
+    needs_mask,
     partial_lse_log2,
     probability,
     rescale_factor,
+    sink_factor,
 )
-from tilemla.dsl.schedule import end_block, first_block, is_split, split_slot
+from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
 from tilemla.dsl.sm90.tile import (
     A_REGISTERS,
     ATOM_BYTES,
@@ -27,29 +31,18 @@ from tilemla.dsl.sm90.tile import (
     SCORE_BARRIER,
     SCORES,
     SLICE,
+    STAGE_COLUMNS,
     WARPGROUP,
     arrive_warp,
+    begin_and_end,
+    columns_of_thirds,
     next_turn,
     phase_of,
     stage_of,
 )
 
 
-# The mask without a window on the left, `window_right` -1 or 0, in the form that this warpgroup has registers for.
-def is_visible(key, cache_seqlen, row, group_size, seq_len_q, window_right) -> Any:
-    """Whether a row attends to `key`, bool: ``attention.end_key_of_query`` without a division."""
-    causal = window_right + 1
-    seq_len = 1 + causal * (seq_len_q - 1)
-    step = 1 + causal * (group_size - 1)
-    return (key - cache_seqlen + seq_len) * step <= causal * row
-
-
-def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_right) -> Any:
-    """Whether some row does not see some key of `block`, bool."""
-    return (block + 1) * block_n > cache_seqlen - (window_right + 1) * (seq_len_q - 1)
-
-
-def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
+def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
     """Make the macro ``score_warpgroup(t)``.
 
     wgmma is issued by hand, since the last 16 latent columns of Q are multiplied from shared memory and the rest from
@@ -61,8 +54,8 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
     ----------
     dtype : str
         Of queries and cache.
-    block_n, head_dim_qk, head_dim_v : int
-        Tokens of a page, columns of a key and of a value.
+    head_dim_qk, head_dim_v : int
+        Columns of a key and of a value.
     config : KernelConfig
         Its ``groups_left_at_handover``.
     """
@@ -71,12 +64,11 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
     num_k_steps = head_dim_qk // K_STEP
     num_tail_steps = num_k_steps - Q_STEPS_IN_REGISTERS
     # Of each third of an item, its number and the K steps of it that are multiplied from registers: first and count.
-    steps_per_third = num_k_steps // NUM_THIRDS
     thirds = [
-        (i, i * steps_per_third, min(steps_per_third, Q_STEPS_IN_REGISTERS - i * steps_per_third))
-        for i in range(NUM_THIRDS)
+        (i, first // K_STEP, min(width // K_STEP, Q_STEPS_IN_REGISTERS - first // K_STEP))
+        for i, first, width in columns_of_thirds(head_dim_qk)
     ]
-    stage_bytes = head_dim_qk // SLICE * ATOM_BYTES
+    stage_bytes = STAGE_COLUMNS // SLICE * ATOM_BYTES
 
     def key_offset(k_step, stage):
         # of a K step of the page in a stage, in the 16-byte units of a wgmma descriptor
@@ -164,17 +156,24 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
         # Scores to P in the stage's rope columns, with the step on maximum and sum, and alpha for the accumulators.
         block_max = T.alloc_local((4,), accum)
         alpha = T.alloc_local((2,), accum)
-        if needs_mask(block, block_n, t.cache_seqlens[request], t.seq_len_q, t.window_right):
-            for e in T.unroll(SCORES):
-                visible = is_visible(
-                    block * block_n + e // 4 * 8 + column + e % 2,
-                    t.cache_seqlens[request],
-                    t.row0 + row + e % 4 // 2 * 8,
-                    t.group_size,
-                    t.seq_len_q,
-                    t.window_right,
+        if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
+            for half in T.unroll(2):
+                # the keys that the row's query sees, counted from this thread's first column
+                query = T.alloc_var("int32", init=T.truncdiv(t.tile[0] + row + half * 8, t.group_size))
+                shift = T.alloc_var("int32", init=block * BLOCK_N + column)
+                first = T.alloc_var(
+                    "int32",
+                    init=first_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_left) - shift,
                 )
-                scores[e] = mask_score(scores[e], visible)
+                end = T.alloc_var(
+                    "int32",
+                    init=end_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_right) - shift,
+                )
+                for e in T.unroll(SCORES // 2):
+                    key = e // 2 * 8 + e % 2
+                    scores[e // 2 * 4 + half * 2 + e % 2] = mask_score(
+                        scores[e // 2 * 4 + half * 2 + e % 2], (key >= first) & (key < end)
+                    )
         # Two chains a row: one is bound by its latency.
         for chain in T.unroll(4):
             block_max[chain] = T.max(scores[chain * 2], scores[chain * 2 + 1])
@@ -202,6 +201,14 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                 t.kv[stage, row + pair % 2 * 8, head_dim_v + pair // 2 * 8 + column + v] = scores[pair * 2 + v]
 
     @T.macro
+    def apply_sink(request, row, row_sum, running_max, t):
+        # A piece of a split request leaves it to the combine kernel.
+        if (t.tx % 4 == 0) & (not is_split(t.part, request)):
+            for half in T.unroll(2):
+                sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + row + half * 8, t.group_size)]
+                t.inverse_sum[row + half * 8] *= sink_factor(row_sum[half], running_max[half], sink)
+
+    @T.macro
     def write_lse(request, row, row_sum, running_max, t):
         if is_split(t.part, request):
             t.lse_accum_log2[split_slot(t.part, request, t.num_splits), t.head, row] = partial_lse_log2(
@@ -226,8 +233,9 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
         T.initialize_wgmma_descriptor(tail, T.address_of(t.q_tail[0]), 0, 8, 16)  # none
 
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            begin = T.alloc_var("int32", init=first_block(t.part, request))
-            end = T.alloc_var("int32", init=end_block(t.part, request, t.cache_seqlens[request], block_n))
+            bounds = begin_and_end(request, t)
+            begin = T.alloc_var("int32", init=bounds.begin)
+            end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
                 running_max[half] = RUNNING_MAX_START
                 row_sum[half] = 0
@@ -261,6 +269,8 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
                             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 2)
                             t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half])
+                        if t.has_sink != 0:
+                            apply_sink(request, row, row_sum, running_max, t)
                     T.fence_proxy_async()
                     T.sync_warp()
                     if block == end - 1:
@@ -268,7 +278,7 @@ def make_score_warpgroup(dtype: str, block_n: int, head_dim_qk: int, head_dim_v:
                     turn = next_turn(turn)
             if t.tx % 4 == 0:
                 for half in T.unroll(2):
-                    if t.row0 + row + half * 8 < t.rows:
-                        write_lse(request, t.row0 + row + half * 8, row_sum[half], running_max[half], t)
+                    if t.tile[0] + row + half * 8 < t.rows:
+                        write_lse(request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t)
 
     return score_warpgroup

@@ -4,15 +4,21 @@ An *item* is what one stage of the ring holds: the Q tile of a request, then its
 request. Every warpgroup walks the same items in the same order, so a counter of its own tells it stage and phase.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import tilelang.language as T
+
+from tilemla.dsl.attention import first_visible_block
+from tilemla.dsl.schedule import BLOCK_N, end_block, first_block
 
 ROWS = 64  # rows of a query tile: the M of wgmma
 K_STEP = 16  # the K of wgmma on 16-bit operands
 SLICE = 64  # columns of one 128-byte swizzle atom
 ATOM_BYTES = ROWS * SLICE * 2
 HALF = 256  # output columns of one output warpgroup
+# Columns of a stage: a page's latent ones and 64 more, for the rope part where there is one, and then for P.
+STAGE_COLUMNS = 2 * HALF + SLICE
 
 NUM_STAGES = 3
 NUM_THIRDS = 3  # a stage is loaded under three barriers: the scores start when the first third of a page is there
@@ -31,6 +37,9 @@ LOAD_WARP_END = 2 * WARPGROUP + 32  # the first warp of the right output warpgro
 SCORE_REGISTERS, OUTPUT_REGISTERS = 184, 160
 SCORE_BARRIER, LEFT_BARRIER, RIGHT_BARRIER = 1, 2, 3  # named barriers of a warpgroup; 0 is __syncthreads
 
+# Annotations of a loop that nvcc would unroll, though it is long or rarely run: what is not in the way costs nothing.
+NOT_UNROLLED = {"pragma_unroll_factor": 1}
+
 
 def stage_of(turn) -> Any:
     """The stage of the item at `turn`; a turn is stage + NUM_STAGES * phase, int32."""
@@ -45,6 +54,21 @@ def phase_of(turn) -> Any:
 def next_turn(turn) -> Any:
     """The turn of the next item."""
     return T.if_then_else(turn == 2 * NUM_STAGES - 1, 0, turn + 1)
+
+
+def columns_of_thirds(head_dim_qk: int) -> list[tuple[int, int, int]]:
+    """The thirds of an item: number, first column and columns, whole swizzle atoms each."""
+    width = -(-head_dim_qk // SLICE // NUM_THIRDS) * SLICE
+    return [(i, i * width, min(width, head_dim_qk - i * width)) for i in range(NUM_THIRDS)]
+
+
+def begin_and_end(request, t) -> Any:
+    """The first block of a request within the part that some query sees, and one past the last, int32."""
+    seqlen = t.cache_seqlens[request]
+    visible = first_visible_block(seqlen, t.seq_len_q, t.window_left, BLOCK_N)
+    return SimpleNamespace(
+        begin=T.max(first_block(t.part, request), visible), end=end_block(t.part, request, seqlen, BLOCK_N)
+    )
 
 
 @T.macro
