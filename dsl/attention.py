@@ -56,11 +56,21 @@ def end_key_of_query(query, cache_seqlen, seq_len_q, window_right) -> Any:
     return cache_seqlen - hidden
 
 
-def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_left, window_right) -> Any:
-    """Whether some query does not see some key of `block`: true near the ends of a sequence and of the window alone."""
-    ends_in_block = (block + 1) * block_n > end_key_of_query(0, cache_seqlen, seq_len_q, window_right)
+def unmasked_blocks(block_n, cache_seqlen, seq_len_q, window_left, window_right) -> Any:
+    """The blocks that every query sees all of: the first, and one past the last, int32.
+
+    All but those near the ends of a sequence and of the windows are.
+    """
+    shift = block_n.bit_length() - 1
     first_key = first_key_of_query(seq_len_q - 1, cache_seqlen, seq_len_q, window_left)
-    return ends_in_block | (block * block_n < first_key)
+    end_key = end_key_of_query(0, cache_seqlen, seq_len_q, window_right)
+    return T.shift_right(first_key + (block_n - 1), shift), T.shift_right(end_key, shift)
+
+
+def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_left, window_right) -> Any:
+    """Whether some query does not see some key of `block`, bool."""
+    begin, end = unmasked_blocks(block_n, cache_seqlen, seq_len_q, window_left, window_right)
+    return (block < begin) | (block >= end)
 
 
 def mask_score(score, visible) -> Any:
@@ -86,9 +96,18 @@ def probability(score, softmax_scale_log2, running_max) -> Any:
     return T.exp2(score * softmax_scale_log2 - running_max)
 
 
-def inverse_sum(row_sum) -> Any:
+def inverse_sum(row_sum, sink_share=0.0) -> Any:
     """What normalises the accumulator; 0 for a row that saw no key, so that its output is 0."""
-    return T.if_then_else(row_sum > 0.0, 1.0 / row_sum, 0.0)
+    return T.if_then_else(row_sum > 0.0, 1.0 / (row_sum + sink_share), 0.0)
+
+
+def sink_share(running_max, sink) -> Any:
+    """What an attention sink adds to the sum that the outputs are divided by, beside keys of this running maximum.
+
+    Outputs then are those without it times ``exp(lse) / (exp(lse) + exp(sink))``. `sink` is a natural logarithm; with
+    -inf nothing changes, bit for bit, and +inf leaves 0.
+    """
+    return T.exp2(sink * LOG2_E - running_max)
 
 
 def partial_lse_log2(row_sum, running_max) -> Any:
@@ -102,12 +121,3 @@ def final_lse(row_sum, running_max, lse_scale) -> Any:
     `lse_scale` is the log of 2 in the base that is wanted: ln 2 for the natural one, 1 for base 2.
     """
     return T.if_then_else(row_sum > 0.0, (T.log2(row_sum) + running_max) * lse_scale, T.infinity("float32"))
-
-
-def sink_factor(row_sum, running_max, sink) -> Any:
-    """What an attention sink leaves of a row's output: ``exp(lse) / (exp(lse) + exp(sink))``.
-
-    `sink` is a natural logarithm; -inf leaves all, bit for bit, +inf nothing. A row that saw no key has no output.
-    """
-    sink_log2 = sink * LOG2_E - (T.log2(row_sum) + running_max)
-    return T.if_then_else(row_sum > 0.0, 1.0 / (1.0 + T.exp2(sink_log2)), 1.0)

@@ -61,8 +61,8 @@ def make_decode_program(spec) -> Program:
         out_accum (max_num_splits, h_k, rows, head_dim_v), lse_accum_log2 (max_num_splits, h_k, rows),
         attn_sink (h_k, group_size), softmax_scale_log2, lse_scale, seq_len_q, group_size, window_left, window_right,
         has_sink)`` with ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a last stride of 1.
-        bfloat16 tensors are declared uint16. The windows are those of ``attention.is_visible``; with ``has_sink`` the
-        outputs are scaled by ``attention.sink_factor``. ``lse_scale`` is ln 2 for a natural log-sum-exp, 1 for base 2.
+        bfloat16 tensors are declared uint16. The windows are those of ``attention.first_key_of_query`` and
+        ``attention.end_key_of_query``; with ``has_sink`` the outputs are divided by a sum that a sink has a share in. ``lse_scale`` is ln 2 for a natural log-sum-exp, 1 for base 2.
     """
     dtype = spec.dtype
     storage = "uint16" if dtype == "bfloat16" else dtype
@@ -137,7 +137,7 @@ def make_decode_program(spec) -> Program:
         factor[0] = attention.inverse_sum(row_sum)
         if t.has_sink != 0:
             sink = t.attn_sink[head_k, T.truncmod(row, t.group_size)]
-            factor[0] = factor[0] * attention.sink_factor(row_sum, row_max, sink)
+            factor[0] = attention.inverse_sum(row_sum, attention.sink_share(row_max, sink))
         for d in T.serial(head_dim_v):
             t.out[request, head_k, row, d] = narrow(acc[i, d] * factor[0], dtype)
 

@@ -24,7 +24,7 @@ from tilemla.dsl.attention import (
     partial_lse_log2,
     probability,
     rescale_factor,
-    sink_factor,
+    sink_share,
 )
 from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, end_block, first_block, is_split, read_part, split_slot
@@ -262,7 +262,7 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                     factor[i] = inverse_sum(row_sum[i])
                     if (has_sink != 0) & T.Not(is_split(part, request)):
                         sink = attn_sink[head, T.truncmod(row0 + i, group_size)]
-                        factor[i] = factor[i] * sink_factor(row_sum[i], running_max[i], sink)
+                        factor[i] = inverse_sum(row_sum[i], sink_share(running_max[i], sink))
                 T.copy(factor, scale)
                 for i, j in T.Parallel(block_m, head_dim_v):
                     acc[i, j] = acc[i, j] * scale[i]

@@ -10,7 +10,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.config import KernelConfig
-from tilemla.dsl.attention import final_lse, inverse_sum, sink_factor
+from tilemla.dsl.attention import final_lse, inverse_sum, sink_share
 from tilemla.dsl.combine import advance_max, count_splits, needs_combine, split_weight, start_max
 
 _WARPS = 4
@@ -87,7 +87,8 @@ def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bo
             weight_sum = T.warp_reduce_sum(weight_sum)
             factor = T.alloc_var(accum, init=inverse_sum(weight_sum))
             if t.has_sink != 0:
-                factor *= sink_factor(weight_sum, most, t.attn_sink[head, T.truncmod(row, t.group_size)])
+                sink = t.attn_sink[head, T.truncmod(row, t.group_size)]
+                factor = inverse_sum(weight_sum, sink_share(most, sink))
             for i in T.unroll(vectors):
                 for v in T.vectorized(_VECTOR):
                     t.out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = (

@@ -38,6 +38,8 @@ from tilemla.dsl.sm90.tile import (
     WARPGROUP,
 )
 
+MAX_GRID_Y = 65535
+
 # The schedule is written by hand, and every index is in bounds by construction (rows are guarded where stored).
 PASS_CONFIG = {
     "tl.disable_warp_specialized": True,
@@ -100,30 +102,42 @@ def make_decode_program(spec, config) -> Program:
         window_right: T.int32,
         has_sink: T.int32,
     ):
-        # Tiles of a part lie side by side: they read the same pages. A grid has no bound on its first axis alone.
-        with T.Kernel(T.ceildiv(rows, ROWS) * num_sm_parts, h_k, threads=NUM_THREADS) as (tile_of_part, head):
+        # Tiles of a part lie side by side: they read the same pages.
+        with T.Kernel(
+            T.ceildiv(rows, ROWS),
+            T.min(num_sm_parts, MAX_GRID_Y),
+            h_k * T.ceildiv(num_sm_parts, MAX_GRID_Y),
+            threads=NUM_THREADS,
+        ) as (row_tile, part_of_layer, head_and_layer):
             kv = T.alloc_shared((NUM_STAGES, BLOCK_N, STAGE_COLUMNS), dtype)
             q_tail = T.alloc_shared((num_tail_steps * ROWS * K_STEP,), dtype)
             alpha = T.alloc_shared((2, ROWS), accum, scope="shared")
             inverse_sums = T.alloc_shared((ROWS,), accum, scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
+            unmasked = T.alloc_shared((2, 2), "int32", scope="shared")  # blocks of a request, see find_unmasked
             full = T.alloc_barrier([1] * NUM_THIRDS * NUM_STAGES)  # a warp loaded
             empty = T.alloc_barrier([8] * NUM_STAGES)  # the warps that multiply with V are done
             p_full = T.alloc_barrier([4] * NUM_STAGES)  # the warps that make P are done
 
             tx = T.get_thread_binding()
-            part_index = T.alloc_var("int32", init=T.truncdiv(tile_of_part, T.ceildiv(rows, ROWS)))
-            part = read_part(tile_scheduler_metadata, part_index)
+            # Heads share the grid's third axis with what parts the second is too short for.
+            layer_head = T.alloc_var("int32", init=head_and_layer)
+            part_index = T.alloc_var("int32", init=part_of_layer)
+            while layer_head >= h_k:
+                layer_head -= h_k
+                part_index += MAX_GRID_Y
+            line = T.alloc_var("int32", init=T.min(part_index, num_sm_parts - 1))
+            part = read_part(tile_scheduler_metadata, line)
             # The walk's bounds stay in registers, the rest of the row is read where it is wanted.
             begin_request = part.begin_request
-            end_request_inclusive = part.end_request_inclusive
+            end_request_inclusive = T.Select(part_index < num_sm_parts, part.end_request_inclusive, -1)
             begin_block = part.begin_block
             last_end_block = part.end_block
             T.pdl_trigger()
             if tx == 0:
-                tile[0] = (tile_of_part - part_index * T.ceildiv(rows, ROWS)) * ROWS
-                tile[1] = head
-                tile[2] = part_index
+                tile[0] = row_tile * ROWS
+                tile[1] = layer_head
+                tile[2] = line
             T.sync_threads()
             t = SimpleNamespace(
                 q=q,
@@ -146,12 +160,13 @@ def make_decode_program(spec, config) -> Program:
                 alpha=alpha,
                 inverse_sum=inverse_sums,
                 tile=tile,
+                unmasked=unmasked,
                 full=full,
                 empty=empty,
                 p_full=p_full,
                 tx=tx,
                 rows=rows,
-                head=head,
+                head=tile[1],
                 group_size=group_size,
                 seq_len_q=seq_len_q,
                 part=read_part(tile_scheduler_metadata, tile[2])._replace(

@@ -144,7 +144,7 @@ def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: in
                             for i in T.Parallel(ROWS):
                                 scale[i] = t.alpha[block % 2, i]
                             scale_rows(acc, scale)
-                        if (block == end - 1) | (block == begin):
+                        if (block == end - 1) | ((block == begin) & (t.window_left >= 0)):
                             clear_unseen(request, block, stage, column, barrier_id, t)
                         T.wgmma_gemm(
                             t.kv[stage, :, head_dim_v : head_dim_v + BLOCK_N],

@@ -13,11 +13,11 @@ from tilemla.dsl.attention import (
     first_key_of_query,
     inverse_sum,
     mask_score,
-    needs_mask,
     partial_lse_log2,
     probability,
     rescale_factor,
-    sink_factor,
+    sink_share,
+    unmasked_blocks,
 )
 from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
 from tilemla.dsl.sm90.tile import (
@@ -69,6 +69,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         for i, first, width in columns_of_thirds(head_dim_qk)
     ]
     stage_bytes = STAGE_COLUMNS // SLICE * ATOM_BYTES
+    static_pair = (0, 1)
 
     def key_offset(k_step, stage):
         # of a K step of the page in a stage, in the 16-byte units of a wgmma descriptor
@@ -152,11 +153,18 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         T.sync_threads(SCORE_BARRIER, WARPGROUP)
 
     @T.macro
+    def find_unmasked(request, t):
+        # Looked up in every block, this costs less than what it takes to find it.
+        unmasked = unmasked_blocks(BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right)
+        for i in static_pair:
+            t.unmasked[request % 2, i] = unmasked[i]
+
+    @T.macro
     def soften(scores, running_max, row_sum, request, block, stage, row, column, t):
         # Scores to P in the stage's rope columns, with the step on maximum and sum, and alpha for the accumulators.
         block_max = T.alloc_local((4,), accum)
         alpha = T.alloc_local((2,), accum)
-        if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
+        if (block < t.unmasked[request % 2, 0]) | (block >= t.unmasked[request % 2, 1]):
             for half in T.unroll(2):
                 # the keys that the row's query sees, counted from this thread's first column
                 query = T.alloc_var("int32", init=T.truncdiv(t.tile[0] + row + half * 8, t.group_size))
@@ -206,7 +214,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         if (t.tx % 4 == 0) & (not is_split(t.part, request)):
             for half in T.unroll(2):
                 sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + row + half * 8, t.group_size)]
-                t.inverse_sum[row + half * 8] *= sink_factor(row_sum[half], running_max[half], sink)
+                t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half], sink_share(running_max[half], sink))
 
     @T.macro
     def write_lse(request, row, row_sum, running_max, t):
@@ -243,6 +251,9 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                 q_stage = stage_of(turn)
                 for i in T.unroll(NUM_THIRDS):
                     T.barrier_wait(t.full[q_stage * NUM_THIRDS + i], phase_of(turn))
+                # Of two requests in turn: some warp may still be in the last block of the one before.
+                if t.tx == 0:
+                    find_unmasked(request, t)
                 take_q(q_registers, q_stage, row, column, t)
                 turn = next_turn(turn)
                 for block in T.serial(begin, end):
