@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilemla.alias import alias_flash_mla
     from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
+    from tilemla.formats import flash_mla_sparse_fwd, flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
     from tilemla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
     from tilemla.loader import ensure_module
     from tilemla.merge import merge_states
@@ -27,9 +29,13 @@ _HOME = {
     "ModuleNotBuiltError": "tilemla.errors",
     "PRESETS": "tilemla.spec",
     "SUPPORTED_SPECS": "tilemla.spec",
+    "alias_flash_mla": "tilemla.alias",
     "ensure_module": "tilemla.loader",
+    "flash_mla_sparse_fwd": "tilemla.formats",
     "flash_mla_with_kvcache": "tilemla.interface",
+    "flash_mla_with_kvcache_fp8": "tilemla.formats",
     "get_mla_metadata": "tilemla.interface",
+    "get_mla_metadata_dense_fp8": "tilemla.formats",
     "merge_states": "tilemla.merge",
     "preload_modules": "tilemla.preloading",
     "release_workspaces": "tilemla.workspace",
@@ -43,9 +49,13 @@ __all__ = [
     "KernelSpec",
     "ModuleBuildError",
     "ModuleNotBuiltError",
+    "alias_flash_mla",
     "ensure_module",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "flash_mla_with_kvcache_fp8",
     "get_mla_metadata",
+    "get_mla_metadata_dense_fp8",
     "merge_states",
     "preload_modules",
     "release_workspaces",

@@ -5,24 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
+from tilemla import operators
+from tilemla.given import Given, find_schedule, recall_num_splits
 from tilemla.launch import kernels_for
+from tilemla.options import (
+    DEFAULT_OPTIONS,
+    UNLIMITED,
+    Options,
+    Traits,
+    check_attn_sink,
+    check_options,
+    check_results,
+    has_heads_side_by_side,
+    refuse_formats,
+)
 from tilemla.plan import DecodePlan, remember
-from tilemla.schedule import (
-    FlashMLASchedMeta,
-    ScheduleConfig,
-    get_mla_metadata,
-    make_schedule,
-    num_sm_parts_for,
-)
-from tilemla.validate import (
-    TMA_ALIGNMENT_ELEMENTS,
-    check_cpu_pages,
-    check_cpu_schedule,
-    check_decode_arguments,
-    check_schedule_tensors,
-    check_tma_layout,
-)
+from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, get_mla_metadata, make_batch_invariant_schedule
+from tilemla.validate import check_cpu_pages, check_cpu_schedule, check_decode_arguments, check_tma_layout
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -44,39 +45,72 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: torch.Tensor | None = None,
     topk_length: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    softmax_lse: torch.Tensor | None = None,
+    window_size: tuple[int, int] = UNLIMITED,
+    lse_base: str = "e",
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to a paged latent KV cache (the signature of FlashMLA's ``flash_mla_with_kvcache``).
 
     Parameters
     ----------
     q : Tensor, (batch_size, seq_len_q, num_heads_q, head_dim_qk), bfloat16 or float16
-        Queries, with stride 1 in the last dimension. On a GPU a copy is made where address or strides are not
-        multiples of 16 bytes.
+        Queries, with stride 1 in the last dimension; on a GPU, address and strides must be multiples of 16 bytes.
+        Kernels see the heads that share a KV head in one row after the other: queries are copied where strides cannot
+        say that, with several KV heads and several queries, or where a query's heads do not follow those of the
+        query before it.
     k_cache : Tensor, (num_blocks, page_block_size, num_heads_k, head_dim_qk), q's dtype
-        Pages of the cache: keys, whose first ``head_dim_v`` elements are the values.
+        Pages of the cache: keys, whose first ``head_dim_v`` elements are the values. Strides are free but for the last,
+        which is 1; on a GPU, address and strides must be multiples of 16 bytes. Never copied.
     block_table : Tensor, (batch_size, max_num_blocks_per_seq), int32
-        Page ids of each request, in order. Entries past its length are never used and may hold anything.
+        Page ids of each request, in order, with any row stride. Entries past its length are never used and may hold
+        anything. A replay of a captured call may have requests with more pages than the table that was captured is
+        wide: rows are read on at their stride.
     cache_seqlens : Tensor, (batch_size,), int32
         Tokens of each request in the cache, 0 or more. Slots of a page past a request's length are never used.
     head_dim_v : int
         Elements of a value.
     tile_scheduler_metadata, num_splits
         What ``get_mla_metadata`` returned: a ``FlashMLASchedMeta`` and None, or two int32 tensors
-        ``(num_sm_parts, 8)`` and ``(batch_size + 1,)``. A longer ``num_splits`` is fine.
+        ``(num_sm_parts, 8)`` and ``(batch_size + 1,)``. A longer ``num_splits`` is fine, and without it the first
+        tensor alone will do: the counts are those that came with it, or are taken from it on the device where torch
+        has written to it since. A first tensor that was made before a CUDA graph's capture and is used in it without
+        ``num_splits`` is planned again within the graph. ``tile_scheduler_metadata`` and ``num_splits`` that are set
+        as attributes of either form take their place. One part in the order of older kernels, as vLLM's
+        batch-invariant mode writes it, asks for ``batch_invariant``; on a GPU any ``(1, 8)`` tensor that
+        ``get_mla_metadata`` did not return does.
     softmax_scale : float, optional
         Factor of the scores, not negative; ``head_dim_qk ** -0.5`` by default.
     causal : bool
         Query i of seq_len_q sees the first ``cache_seqlens - seq_len_q + i + 1`` tokens.
-    is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
+    attn_sink : Tensor, (num_heads_q,), float32, optional
+        A score of each head that no token has: ``out`` is scaled by ``exp(lse) / (exp(lse) + exp(attn_sink))``, with
+        the natural ``lse``; ``softmax_lse`` does not know of it. -inf changes nothing, +inf makes ``out`` 0.
+    is_fp8_kvcache, indices, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
         Upstream's arguments for caches that there are no kernels for yet; must be left at their defaults.
+    out : Tensor, (batch_size, seq_len_q, num_heads_q, head_dim_v), q's dtype, optional
+        Where to write the result, contiguous.
+    softmax_lse : Tensor, (batch_size, num_heads_q, seq_len_q), float32, optional
+        Where to write the log-sum-exp: laid out as it is returned, or contiguous, which costs a copy where seq_len_q
+        and num_heads_q are larger than 1.
+    window_size : (int, int)
+        How many tokens to the left and to the right of its own position a query sees, both inclusive; -1 is all. Query
+        i of seq_len_q is at ``cache_seqlens - seq_len_q + i``. Pages to the left of every window are not read.
+    lse_base : {"e", "2"}
+        Base of the logarithm in ``softmax_lse``.
+    batch_invariant : bool
+        Cut each request by its own length alone, at multiples of a number of tokens that is fixed: its bits then do
+        not depend on the requests beside it. ``tile_scheduler_metadata`` and ``num_splits`` are ignored.
 
     Returns
     -------
     out : Tensor, (batch_size, seq_len_q, num_heads_q, head_dim_v), q's dtype
         0 for a query that sees no token.
     softmax_lse : Tensor, (batch_size, num_heads_q, seq_len_q), float32
-        Natural log of the sum of exponentials of the scaled scores; +inf for a query that sees no token. Not
-        contiguous where seq_len_q > 1, as upstream.
+        Log of the sum of exponentials of the scaled scores; +inf for a query that sees no token. Not contiguous where
+        seq_len_q > 1, as upstream.
 
     Raises
     ------
@@ -86,31 +120,65 @@ def flash_mla_with_kvcache(
         When there is no kernel for the device, dtype, head dim, page size or cache format, or it cannot be built
         (``ModuleNotBuiltError``).
     """
+    if is_dynamo_compiling():
+        return operators.decode_in_graph(
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v,
+            tile_scheduler_metadata,
+            num_splits,
+            softmax_scale,
+            causal,
+            attn_sink,
+            out=out,
+            softmax_lse=softmax_lse,
+            window_size=window_size,
+            lse_base=lse_base,
+            batch_invariant=batch_invariant,
+            formats=(
+                is_fp8_kvcache or None,
+                indices,
+                extra_k_cache,
+                extra_indices_in_kvcache,
+                topk_length,
+                extra_topk_length,
+            ),
+        )
+    metadata: Any = tile_scheduler_metadata
+    splits: Any = num_splits
+    options = None
     if (
-        is_fp8_kvcache
+        attn_sink is not None
+        or is_fp8_kvcache
         or indices is not None
-        or attn_sink is not None
         or extra_k_cache is not None
         or extra_indices_in_kvcache is not None
         or topk_length is not None
         or extra_topk_length is not None
+        or window_size is not UNLIMITED
+        or lse_base != "e"
+        or batch_invariant is not False
     ):
-        _refuse_formats(
-            is_fp8_kvcache=is_fp8_kvcache or None,
-            indices=indices,
-            attn_sink=attn_sink,
-            extra_k_cache=extra_k_cache,
-            extra_indices_in_kvcache=extra_indices_in_kvcache,
-            topk_length=topk_length,
-            extra_topk_length=extra_topk_length,
+        refuse_formats(
+            is_fp8_kvcache or None, indices, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
         )
+        options = check_options(
+            window_size=window_size, lse_base=lse_base, attn_sink=attn_sink, batch_invariant=batch_invariant
+        )
+        if batch_invariant:  # the schedule is made below
+            metadata = splits = None
     # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it
     # refuses is checked again below, where the argument is named in the words of this interface.
-    metadata: Any = tile_scheduler_metadata
-    splits: Any = num_splits
     config = None
-    if metadata.__class__ is FlashMLASchedMeta and splits is None:
-        metadata, splits, config = metadata.tile_scheduler_metadata, metadata.num_splits, metadata.config
+    if splits is None:
+        if metadata.__class__ is FlashMLASchedMeta:
+            config = metadata.config
+            if config is not None:
+                metadata, splits = metadata.tile_scheduler_metadata, metadata.num_splits
+        else:
+            splits = recall_num_splits(metadata)
     try:
         kind = (
             q.shape,
@@ -122,6 +190,7 @@ def flash_mla_with_kvcache(
             softmax_scale.__class__,
             causal,
             causal.__class__,
+            options,
         )
         plan, planned = _plans[kind]
     except (AttributeError, TypeError):  # q is no tensor, or something is no key
@@ -131,10 +200,20 @@ def flash_mla_with_kvcache(
     else:
         if splits is not None and (config is None or config == planned):
             try:
-                return plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)  # type: ignore[arg-type]
-            except (TypeError, ValueError, RuntimeError):
+                return plan.run(
+                    q,
+                    k_cache,
+                    block_table,  # type: ignore[arg-type]
+                    cache_seqlens,  # type: ignore[arg-type]
+                    metadata,
+                    splits,
+                    out,
+                    softmax_lse,
+                    attn_sink,
+                )
+            except (AttributeError, TypeError, ValueError, RuntimeError):
                 pass  # what is wrong is found, and said, below
-    return _check_and_decode(
+    return check_and_decode(
         q,
         k_cache,
         block_table,
@@ -144,6 +223,10 @@ def flash_mla_with_kvcache(
         num_splits,
         softmax_scale,
         causal,
+        attn_sink,
+        out,
+        softmax_lse,
+        options or DEFAULT_OPTIONS,
         kind,
     )
 
@@ -153,61 +236,54 @@ def flash_mla_with_kvcache(
 _plans: dict[tuple[Any, ...], tuple[DecodePlan, ScheduleConfig]] = {}
 
 
-def _check_and_decode(
+def check_and_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     block_table: torch.Tensor | None,
     cache_seqlens: torch.Tensor | None,
     head_dim_v: int,
-    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor,
+    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor | None,
     num_splits: torch.Tensor | None,
     softmax_scale: float | None,
     causal: bool,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor | None,
+    softmax_lse: torch.Tensor | None,
+    options: Options,
     kind: tuple[Any, ...] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check every argument, decode, and remember the plan of a call on a GPU as ``kind``."""
     block_table, cache_seqlens = check_decode_arguments(
         q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal
     )
-    batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
+    attn_sink = check_attn_sink(attn_sink, q)
+    check_results(out, softmax_lse, q, head_dim_v)
+    batch_size, seq_len_q, _, head_dim_qk = q.shape
     num_blocks, page_block_size, num_heads_k, _ = k_cache.shape
     device = q.device
     if q.requires_grad or k_cache.requires_grad:  # DLPack takes no tensor that does; there is no backward pass
         q, k_cache = q.detach(), k_cache.detach()
     kernels = kernels_for(device, q.dtype, head_dim_qk, head_dim_v, page_block_size)
     on_cpu = device.type == "cpu"
+    traits = Traits.of(options, causal, seq_len_q)
+    window = dict(seq_len_q=seq_len_q, window_left=traits.window_left)
     if on_cpu:
-        check_cpu_pages(block_table, cache_seqlens, num_blocks, page_block_size)
+        check_cpu_pages(block_table, cache_seqlens, num_blocks, page_block_size, **window)
     else:
-        k_cache = check_tma_layout(k_cache)
-        q = _readable_by_tma(q)
+        k_cache = check_tma_layout("k_cache", k_cache)
+        q = check_tma_layout("q", q)
     q = _with_heads_side_by_side(q)
-    # The last query sees every token: with one query the mask changes nothing.
-    causal = causal and seq_len_q > 1
-    config = ScheduleConfig(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, device)
-
-    if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
-        if num_splits is not None:
-            raise ValueError(f"num_splits must be None beside a FlashMLASchedMeta, got {type(num_splits).__name__}")
-        sched_meta = tile_scheduler_metadata
-        if not sched_meta.have_initialized:
-            rows = seq_len_q * (num_heads_q // num_heads_k)
-            num_sm_parts = num_sm_parts_for(kernels.num_sms, rows, num_heads_k)
-            schedule = make_schedule(cache_seqlens, num_sm_parts, rows)
-            sched_meta.tile_scheduler_metadata, sched_meta.num_splits = schedule
-            sched_meta.config, sched_meta.have_initialized = config, True
-        elif sched_meta.config != config:
-            raise ValueError(
-                "tile_scheduler_metadata must be used for calls like the one that filled it in, "
-                f"{sched_meta.config}; got a call of {config}"
-            )
-        metadata, splits = check_schedule_tensors(
-            sched_meta.tile_scheduler_metadata, sched_meta.num_splits, batch_size, device
-        )
-    else:
-        metadata, splits = check_schedule_tensors(tile_scheduler_metadata, num_splits, batch_size, device)
+    config = ScheduleConfig.of(q, k_cache, causal, traits.window_left)
+    by_length = options.batch_invariant
+    if not by_length:
+        given = find_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, config, kernels.num_sms)
+        by_length = given.by_length
+    if by_length:
+        max_tokens = block_table.shape[1] * page_block_size
+        given = Given(*make_batch_invariant_schedule(cache_seqlens, max_tokens, **window), by_length)
+    metadata, splits, _ = given
     if on_cpu:
-        check_cpu_schedule(metadata, splits, cache_seqlens)
+        check_cpu_schedule(metadata, splits, cache_seqlens, **window)
 
     # A cache without pages serves requests without tokens, but no kernel can be given an empty tensor.
     has_empty = not (batch_size and num_blocks and block_table.shape[1])
@@ -226,21 +302,17 @@ def _check_and_decode(
             head_dim_v=head_dim_v,
             num_sm_parts=metadata.shape[0],
             softmax_scale=softmax_scale,
-            causal=causal,
+            traits=traits,
         )
-    result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits)
-    if kind is not None and not (on_cpu or has_empty or plan.copies):
+    written = softmax_lse
+    if written is not None and not has_heads_side_by_side(written) and not plan.copies:
+        written = None  # a new one is made, and copied
+    result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits, out, written, attn_sink)
+    if softmax_lse is not None and written is None:
+        result = (result[0], softmax_lse.copy_(result[1]))
+    if kind is not None and not (on_cpu or has_empty or plan.copies or (by_length and not options.batch_invariant)):
         remember(_plans, kind, (plan, config))
     return result
-
-
-def _readable_by_tma(q: torch.Tensor) -> torch.Tensor:
-    """Return queries as TMA can read them: as they are, or a copy."""
-    batch_stride, query_stride, head_stride, _ = q.stride()
-    misaligned = batch_stride | query_stride | head_stride | (q.data_ptr() // q.element_size())
-    if misaligned % TMA_ALIGNMENT_ELEMENTS or not (batch_stride and query_stride and head_stride):
-        return q.clone(memory_format=torch.contiguous_format)
-    return q
 
 
 def _with_heads_side_by_side(q: torch.Tensor) -> torch.Tensor:
@@ -250,10 +322,3 @@ def _with_heads_side_by_side(q: torch.Tensor) -> torch.Tensor:
     if seq_len_q > 1 and num_heads_q > 1 and query_stride != num_heads_q * head_stride:
         return q.contiguous()
     return q
-
-
-def _refuse_formats(**arguments: Any) -> None:
-    names = ", ".join(name for name, value in arguments.items() if value is not None)
-    raise NotImplementedError(
-        f"{names} must be left at the default: only dense bfloat16 and float16 caches have kernels"
-    )

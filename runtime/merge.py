@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
+from tilemla import operators  # noqa: F401  # torch.ops.tilemla
 from tilemla.launch import module_for
 from tilemla.spec import DTYPES, HEAD_DIMS
 from tilemla.validate import check_lse_base, check_tensor, describe
@@ -47,6 +49,8 @@ def merge_states(
     NotImplementedError
         When there is no kernel for the device, dtype or head dim, or it cannot be built (``ModuleNotBuiltError``).
     """
+    if is_dynamo_compiling():
+        return torch.ops.tilemla.merge_states(out_a, lse_a, out_b, lse_b, lse_base)  # type: ignore[no-any-return]
     lse_scale = check_lse_base(lse_base)
     _check_state("a", out_a, lse_a)
     _check_state("b", out_b, lse_b)

@@ -9,11 +9,11 @@ import torch
 
 from tilemla.allocate import allocator_for, contiguous_strides
 from tilemla.launch import Kernels
+from tilemla.options import Traits
 from tilemla.streams import current_device
 from tilemla.workspace import Scratch
 
 _LOG2E = math.log2(math.e)
-_LN_2 = math.log(2.0)
 _FLOAT32_TINY = 2.0**-126  # the smallest normal number
 
 MAX_PLANS = 4096
@@ -41,8 +41,8 @@ class DecodePlan:
         KV heads, elements of a value, parts of the schedule.
     softmax_scale : float or None
         Factor of the scores; ``head_dim_qk ** -0.5`` by default.
-    causal : bool
-        Whether query i sees only the first ``cache_seqlens - seq_len_q + i + 1`` tokens.
+    traits : Traits
+        The window, the base of the log-sum-exp, and whether there is an attention sink.
 
     Attributes
     ----------
@@ -57,14 +57,17 @@ class DecodePlan:
         "_decode",
         "_dtype",
         "_empty",
+        "_has_sink",
         "_index",
         "_kernels",
         "_lse_shape",
         "_lse_strides",
+        "_no_sink",
         "_out_shape",
         "_out_strides",
         "_rest",
         "_scratch",
+        "_sink_shape",
         "copies",
         "num_sm_parts",
     )
@@ -78,7 +81,7 @@ class DecodePlan:
         head_dim_v: int,
         num_sm_parts: int,
         softmax_scale: float | None,
-        causal: bool,
+        traits: Traits,
     ) -> None:
         import tvm_ffi
 
@@ -98,9 +101,18 @@ class DecodePlan:
         scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
         # A scale of 0 still has to leave a masked score at -inf; times this, every finite score is 0 in float32.
         scale_log2 = max(scale * _LOG2E, _FLOAT32_TINY)
-        # An attention sink that is not there, and windows without an end on the left; causal ends at the query.
-        no_sink = tvm_ffi.from_dlpack(torch.empty((num_heads_k, 1), dtype=torch.float32, device=q.device))
-        self._rest = (no_sink, scale_log2, _LN_2, seq_len_q, group, -1, 0 if causal else -1, 0)
+        self._has_sink = traits.has_sink
+        self._sink_shape = (num_heads_k, group)
+        self._no_sink = tvm_ffi.from_dlpack(torch.empty((num_heads_k, 1), dtype=torch.float32, device=q.device))
+        self._rest = (
+            scale_log2,
+            traits.lse_scale,
+            seq_len_q,
+            group,
+            traits.window_left,
+            traits.window_right,
+            int(traits.has_sink),
+        )
         self.copies = num_heads_k > 1 and seq_len_q > 1
         self._decode = self._decode_copies if self.copies else kernels.mla_decode_unfolded
         self._kernels = kernels
@@ -113,8 +125,13 @@ class DecodePlan:
         cache_seqlens: torch.Tensor,
         tile_scheduler_metadata: torch.Tensor,
         num_splits: torch.Tensor,
+        out: torch.Tensor | None = None,
+        softmax_lse: torch.Tensor | None = None,
+        attn_sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the kernels on the current stream of the tensors' device and return ``out`` and ``softmax_lse``.
+
+        Results that are given are written in place; the module refuses those that are not laid out as new ones.
 
         Raises
         ------
@@ -124,9 +141,21 @@ class DecodePlan:
         index = self._index
         if index is not None and current_device() != index:
             with torch.cuda.device(index):
-                return self.run(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-        out = self._empty(self._out_shape, self._out_strides, self._dtype)
-        softmax_lse = self._empty(self._lse_shape, self._lse_strides, torch.float32)
+                return self.run(
+                    q,
+                    k_cache,
+                    block_table,
+                    cache_seqlens,
+                    tile_scheduler_metadata,
+                    num_splits,
+                    out,
+                    softmax_lse,
+                    attn_sink,
+                )
+        if out is None:
+            out = self._empty(self._out_shape, self._out_strides, self._dtype)
+        if softmax_lse is None:
+            softmax_lse = self.empty_lse()
         if self._out_shape[0]:  # no kernel runs for an empty batch
             workspace = self._scratch.take()
             self._decode(
@@ -140,9 +169,14 @@ class DecodePlan:
                 softmax_lse,
                 workspace.out_accum,
                 workspace.lse_accum_log2,
+                attn_sink.view(self._sink_shape) if self._has_sink else self._no_sink,  # type: ignore[union-attr]
                 *self._rest,
             )
         return out, softmax_lse
+
+    def empty_lse(self) -> torch.Tensor:
+        """A log-sum-exp, (batch_size, num_heads_q, seq_len_q), that the module can write; not initialised."""
+        return self._empty(self._lse_shape, self._lse_strides, torch.float32)
 
     def _decode_copies(
         self,

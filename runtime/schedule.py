@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from tilemla.allocate import allocator_for
 from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, select_schedule_costs
@@ -33,19 +33,77 @@ class ScheduleConfig(NamedTuple):
     page_block_size: int
     causal: bool
     device: torch.device
+    window_left: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k_cache: torch.Tensor, causal: bool, window_left: int) -> ScheduleConfig:
+        """That of a call whose tensors have their dimensions."""
+        batch_size, seq_len_q, num_heads_q, _ = q.shape
+        _, page_block_size, num_heads_k, _ = k_cache.shape
+        # The last query sees every token: with one query the mask changes nothing.
+        causal = causal and seq_len_q > 1
+        return cls(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, q.device, window_left)
 
 
-@dataclasses.dataclass
 class FlashMLASchedMeta:
     """A schedule that the first decode call fills in. Opaque: only pass it on.
 
-    It may be reused by calls with the same shapes and the same ``cache_seqlens``, such as those of a model's layers.
+    It may be reused by calls with the same shapes, the same mask and the same ``cache_seqlens``, such as those of a
+    model's layers. Tensors that a caller assigns to it are used in place of what it would be filled in with, by calls
+    of any kind that they fit.
+
+    Parameters
+    ----------
+    have_initialized : bool
+        Whether a call has filled it in.
+    config : ScheduleConfig, optional
+        The call that did; None where a caller assigned the tensors.
+    tile_scheduler_metadata : Tensor, (num_sm_parts, 8), int32, optional
+    num_splits : Tensor, (batch_size + 1,), int32, optional
     """
 
-    have_initialized: bool = False
-    config: ScheduleConfig | None = None
-    tile_scheduler_metadata: torch.Tensor | None = None
-    num_splits: torch.Tensor | None = None
+    def __init__(
+        self,
+        have_initialized: bool = False,
+        config: ScheduleConfig | None = None,
+        tile_scheduler_metadata: torch.Tensor | None = None,
+        num_splits: torch.Tensor | None = None,
+    ) -> None:
+        self.have_initialized = have_initialized
+        self.tile_scheduler_metadata = tile_scheduler_metadata
+        self.num_splits = num_splits
+        self.config = config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in _SCHEDULE_TENSORS:  # what is assigned is for no call that is known
+            object.__setattr__(self, "config", None)
+
+    def fill_in(self, tile_scheduler_metadata: torch.Tensor, num_splits: torch.Tensor, config: ScheduleConfig) -> None:
+        """Keep the schedule of the first call."""
+        self.tile_scheduler_metadata, self.num_splits = tile_scheduler_metadata, num_splits
+        self.config, self.have_initialized = config, True
+
+    def expect(self, config: ScheduleConfig) -> None:
+        """Check that a call is like the one that filled this in.
+
+        Raises
+        ------
+        ValueError
+            When it is not.
+        """
+        if self.config is not None and self.config != config:
+            raise ValueError(
+                "tile_scheduler_metadata must be used for calls like the one that filled it in, "
+                f"{self.config}; got a call of {config}"
+            )
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({fields})"
+
+
+_SCHEDULE_TENSORS = ("tile_scheduler_metadata", "num_splits")
 
 
 def num_sm_parts_for(num_sms: int, tokens_per_head_k: int, num_heads_k: int) -> int:
@@ -127,6 +185,8 @@ class SchedulePlan:
     def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the scheduler on the current stream of the tensor's device; returns as ``make_schedule``.
 
+        ``tile_scheduler_metadata`` has the attribute ``num_splits``, for callers who pass nothing else on.
+
         Raises
         ------
         TypeError, ValueError
@@ -135,9 +195,14 @@ class SchedulePlan:
         if self._index is not None and current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(cache_seqlens)
-        tile_scheduler_metadata = self._empty(self._metadata_shape, _METADATA_STRIDES, torch.int32)
+        if torch.is_inference_mode_enabled():
+            # Tensors of inference mode do not tell whether they were written to, and `find_schedule` asks.
+            with torch.inference_mode(False):
+                return self.run(cache_seqlens)
+        tile_scheduler_metadata: Any = self._empty(self._metadata_shape, _METADATA_STRIDES, torch.int32)
         num_splits = self._empty(self._splits_shape, (1,), torch.int32)
         self._schedule(cache_seqlens, tile_scheduler_metadata, num_splits, *self._arguments)
+        tile_scheduler_metadata.num_splits = num_splits
         return tile_scheduler_metadata, num_splits
 
 
@@ -222,6 +287,31 @@ def _schedule_of_nothing(num_sm_parts: int, device: torch.device) -> tuple[torch
     return idle, torch.zeros(1, dtype=torch.int32, device=device)
 
 
+def derive_num_splits(tile_scheduler_metadata: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Compute ``num_splits`` of a schedule where it is, without a host round trip.
+
+    Each part holds one piece of each request from its first to its last; idle parts, whose first comes after their
+    last, hold none.
+
+    Parameters
+    ----------
+    tile_scheduler_metadata : Tensor, (num_sm_parts, 8), int32
+        Checked already.
+    batch_size : int
+        Requests.
+
+    Returns
+    -------
+    Tensor, (batch_size + 1,), int32
+        Exclusive prefix sum of the requests' split counts.
+    """
+    begin, end_inclusive = tile_scheduler_metadata[:, :1], tile_scheduler_metadata[:, 1:2]
+    request = torch.arange(batch_size + 1, dtype=torch.int32, device=tile_scheduler_metadata.device)
+    # (num_sm_parts, batch_size + 1): pieces of earlier requests that a part holds.
+    pieces = (torch.minimum(end_inclusive + 1, request) - begin).clamp_(min=0)
+    return pieces.sum(0, dtype=torch.int32)
+
+
 def get_mla_metadata(
     cache_seqlens: torch.Tensor | None = None,
     num_q_tokens_per_head_k: int | None = None,
@@ -258,6 +348,7 @@ def get_mla_metadata(
         When called with arguments: ``tile_scheduler_metadata`` ``(num_sm_parts, 8)`` int32 and ``num_splits``
         ``(batch_size + 1,)`` int32. ``num_sm_parts`` depends on the device and the two integers alone, never on batch
         or lengths, and is ``max(SMs // num_heads_k // ceil(num_q_tokens_per_head_k / 64), 1)``; a CPU counts as 8 SMs.
+        A decode call may be given the first alone.
 
     Raises
     ------
@@ -272,6 +363,8 @@ def get_mla_metadata(
         raise NotImplementedError(f"topk must be None: there is no sparse kernel, got {topk!r}")
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return FlashMLASchedMeta(), None
+    if is_dynamo_compiling():
+        return torch.ops.tilemla.get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)  # type: ignore[no-any-return]
     # A call like one that was checked before; what the module refuses is checked again below, and named in the words of
     # this interface.
     lengths: Any = cache_seqlens

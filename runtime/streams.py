@@ -6,7 +6,10 @@ they serve.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,3 +25,26 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.c
 is_capturing: Callable[[], bool] = getattr(
     torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
+
+
+@functools.lru_cache(maxsize=1)
+def _get_capture_info() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+
+
+def capture_id() -> int | None:
+    """What tells the CUDA graph that the current stream is captured into from every other graph of the process.
+
+    None where nothing is captured, or where the driver does not say.
+    """
+    function = _get_capture_info() if is_capturing() else None
+    if function is None:
+        return None
+    status, identity = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(raw_stream(current_device()))
+    if function(stream, ctypes.byref(status), ctypes.byref(identity), None, None, None) or status.value != 1:
+        return None
+    return identity.value

@@ -153,28 +153,30 @@ def check_decode_arguments(
     return block_table, cache_seqlens
 
 
-def check_tma_layout(k_cache: torch.Tensor) -> torch.Tensor:
-    """Return the cache as TMA can read it where it is; copying a cache is never right.
+def check_tma_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the queries or the cache as TMA can read them where they are; nothing is copied to make them fit.
 
     Raises
     ------
     ValueError
         On an address or a stride that is not a multiple of 16 bytes, or an expanded dimension.
     """
-    if k_cache.data_ptr() % TMA_ALIGNMENT_BYTES:
-        raise ValueError(f"k_cache must start at a multiple of 16 bytes, got address {k_cache.data_ptr():#x}")
-    strides = k_cache.stride()
+    if tensor.data_ptr() % TMA_ALIGNMENT_BYTES:
+        raise ValueError(
+            f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}; copy it once"
+        )
+    strides = tensor.stride()
     if all(strides) and not (strides[0] | strides[1] | strides[2]) % TMA_ALIGNMENT_ELEMENTS:
-        return k_cache
-    for size, stride in zip(k_cache.shape[:3], strides, strict=False):
+        return tensor
+    for size, stride in zip(tensor.shape[:3], strides, strict=False):
         if size > 1 and (stride % TMA_ALIGNMENT_ELEMENTS or stride == 0):
             raise ValueError(
-                f"k_cache must have strides that are positive multiples of {TMA_ALIGNMENT_ELEMENTS} elements "
-                f"(16 bytes), got strides {strides}"
+                f"{name} must have strides that are positive multiples of {TMA_ALIGNMENT_ELEMENTS} elements "
+                f"(16 bytes), got strides {strides}; make it contiguous or pad its rows"
             )
     # The stride of a dimension of one element says nothing, but TMA wants a good one.
-    harmless = (s if size > 1 else k_cache.shape[3] for size, s in zip(k_cache.shape[:3], strides, strict=False))
-    return k_cache.as_strided(k_cache.shape, (*harmless, 1))
+    harmless = (s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], strides, strict=False))
+    return tensor.as_strided(tensor.shape, (*harmless, 1))
 
 
 def check_schedule_tensors(
@@ -185,26 +187,32 @@ def check_schedule_tensors(
     A padded tail of ``num_splits`` and idle parts in ``tile_scheduler_metadata`` are fine: callers copy a small
     batch's schedule into buffers made for their largest.
     """
-    check_tensor("tile_scheduler_metadata", tile_scheduler_metadata, 2, f"(num_sm_parts, {METADATA_FIELDS})")
+    metadata = check_tile_scheduler_metadata(tile_scheduler_metadata, device)
     check_tensor("num_splits", num_splits, 1, "(batch_size + 1,)")
-    check_int32("tile_scheduler_metadata", tile_scheduler_metadata, device)
     check_int32("num_splits", num_splits, device)
-    num_sm_parts, fields = tile_scheduler_metadata.shape
-    if fields != METADATA_FIELDS or num_sm_parts < 1:
-        raise ValueError(
-            f"tile_scheduler_metadata must have shape (num_sm_parts, {METADATA_FIELDS}) with at least one part, "
-            f"got {describe(tile_scheduler_metadata)}"
-        )
     if num_splits.shape[0] < batch_size + 1:
         raise ValueError(
             f"num_splits must have at least batch_size + 1 = {batch_size + 1} elements, got {describe(num_splits)}; "
             "it was made for another batch"
         )
-    if not tile_scheduler_metadata.is_contiguous():
-        raise ValueError(f"tile_scheduler_metadata must be contiguous, got strides {tile_scheduler_metadata.stride()}")
     if not num_splits.is_contiguous():
         raise ValueError(f"num_splits must be contiguous, got stride {num_splits.stride()}")
-    return tile_scheduler_metadata, num_splits
+    return metadata, num_splits
+
+
+def check_tile_scheduler_metadata(tile_scheduler_metadata: Any, device: torch.device) -> torch.Tensor:
+    """Return the parts of a schedule if they are sound, as far as shapes can tell."""
+    metadata = check_tensor("tile_scheduler_metadata", tile_scheduler_metadata, 2, f"(num_sm_parts, {METADATA_FIELDS})")
+    check_int32("tile_scheduler_metadata", metadata, device)
+    num_sm_parts, fields = metadata.shape
+    if fields != METADATA_FIELDS or num_sm_parts < 1:
+        raise ValueError(
+            f"tile_scheduler_metadata must have shape (num_sm_parts, {METADATA_FIELDS}) with at least one part, "
+            f"got {describe(metadata)}"
+        )
+    if not metadata.is_contiguous():
+        raise ValueError(f"tile_scheduler_metadata must be contiguous, got strides {metadata.stride()}")
+    return metadata
 
 
 def _check_lengths(cache_seqlens: torch.Tensor) -> int:

@@ -17,6 +17,7 @@ from tilemla.config import KernelConfig
 from tilemla.costs import ScheduleCosts, formula_costs
 from tilemla.launch import Kernels, num_sms_of
 from tilemla.loader import LoadedModule
+from tilemla.options import DEFAULT_OPTIONS, Traits
 from tilemla.plan import DecodePlan
 from tilemla.schedule import SchedulePlan, num_sm_parts_for
 from tilemla.spec import KernelSpec
@@ -59,7 +60,7 @@ def _make_call(
         head_dim_v=HEAD_DIM_V,
         num_sm_parts=schedule[0].shape[0],
         softmax_scale=None,
-        causal=case.causal and case.seq_len_q > 1,
+        traits=Traits.of(DEFAULT_OPTIONS, case.causal, case.seq_len_q),
     )
     return lambda: plan.run(inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, *schedule)
 
