@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from cases import Case
+from tilemla.spec import SUPPORTED_SPECS
 
 # dtype, page_block_size and head_dim_qk: every value of each in some module, for each module is seconds of building.
 GEOMETRIES = (
@@ -15,6 +16,13 @@ GEOMETRIES = (
     (torch.float16, 32, 512),
     (torch.bfloat16, 128, 512),
 )
+
+
+def geometries_of(arch):
+    """Those that there are kernels for."""
+    served = {(spec.dtype, spec.page_block_size, spec.head_dim_qk) for spec in SUPPORTED_SPECS if spec.arch == arch}
+    return [geometry for geometry in GEOMETRIES if (str(geometry[0]).removeprefix("torch."), *geometry[1:]) in served]
+
 
 # Around the edges of pages (64 tokens), and a few pages.
 EDGE_LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 256, 320)
@@ -40,10 +48,10 @@ def windows(max_length):
 
 
 @st.composite
-def cases(draw, *, max_batch=5, max_length=700, max_heads=64, max_rows=130):
+def cases(draw, *, max_batch=5, max_length=700, max_heads=64, max_rows=130, arch="cpu"):
     """Cases that a CPU decodes in milliseconds; a GPU test asks for larger ones."""
     num_heads_q, num_heads_k = draw(head_counts(max_heads))
-    dtype, page_block_size, head_dim_qk = draw(st.sampled_from(GEOMETRIES))
+    dtype, page_block_size, head_dim_qk = draw(st.sampled_from(geometries_of(arch)))
     seq_lens = [count for count in (1, 1, 2, 3, 4) if count * num_heads_q <= max_rows]
     return Case(
         lengths=tuple(draw(st.lists(lengths_of_request(max_length), min_size=1, max_size=max_batch))),

@@ -52,7 +52,8 @@ def decode(case, inputs, schedule=None, **changes):
     """Decode a case; every buffer that the call makes starts poisoned, so that nothing is left unwritten or made up."""
     if schedule is None:
         schedule = flash_mla.get_mla_metadata()
-    arguments = dict(softmax_scale=case.softmax_scale, causal=case.causal) | changes
+    options = dict(attn_sink=inputs.attn_sink, window_size=case.window)
+    arguments = dict(softmax_scale=case.softmax_scale, causal=case.causal) | options | changes
     with poisoned_memory():
         return flash_mla.flash_mla_with_kvcache(
             inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, *schedule, **arguments
@@ -60,11 +61,11 @@ def decode(case, inputs, schedule=None, **changes):
 
 
 def expect(case, inputs):
-    return reference_of(inputs, causal=case.causal, softmax_scale=case.softmax_scale)
+    return reference_of(inputs, causal=case.causal, softmax_scale=case.softmax_scale, window=case.window)
 
 
-def check(case, inputs, schedule=None):
-    out, lse = decode(case, inputs, schedule)
+def check(case, inputs, schedule=None, **changes):
+    out, lse = decode(case, inputs, schedule, **changes)
     assert out.dtype == case.dtype and out.is_contiguous()
     check_result(out, lse, expect(case, inputs))
     return out, lse
@@ -80,9 +81,15 @@ def same_bits(left, right):
 def test_against_float64(device, data):
     limits = dict(max_batch=5, max_length=700, max_heads=64, max_rows=130)
     if device.type == "cuda":
-        limits = dict(max_batch=40, max_length=5000, max_heads=128, max_rows=600)
+        limits = dict(max_batch=40, max_length=5000, max_heads=128, max_rows=600, arch="sm_90a")
     case = data.draw(strategies.cases(**limits))
-    check(case, make_inputs(case).to(device))
+    inputs = make_inputs(case).to(device)
+    schedule = None
+    if data.draw(st.booleans(), "the tuple form, which knows no window"):
+        rows = case.seq_len_q * case.num_heads_q // case.num_heads_k
+        schedule = flash_mla.get_mla_metadata(inputs.cache_seqlens, rows, case.num_heads_k)
+        schedule = schedule[: data.draw(st.sampled_from((1, 2)), "of how many tensors")]
+    check(case, inputs, schedule, batch_invariant=data.draw(st.booleans(), "batch_invariant"))
 
 
 @pytest.mark.parametrize(
