@@ -200,17 +200,19 @@ def flash_mla_with_kvcache(
     else:
         if splits is not None and (config is None or config == planned):
             try:
-                return plan.run(
-                    q,
-                    k_cache,
-                    block_table,  # type: ignore[arg-type]
-                    cache_seqlens,  # type: ignore[arg-type]
-                    metadata,
-                    splits,
-                    out,
-                    softmax_lse,
-                    attn_sink,
-                )
+                # One part that is not ours may be no schedule at all (`given.Given.by_length`).
+                if metadata.size(0) > 1 or config is not None or "num_splits" in metadata.__dict__:
+                    return plan.run(
+                        q,
+                        k_cache,
+                        block_table,  # type: ignore[arg-type]
+                        cache_seqlens,  # type: ignore[arg-type]
+                        metadata,
+                        splits,
+                        out,
+                        softmax_lse,
+                        attn_sink,
+                    )
             except (AttributeError, TypeError, ValueError, RuntimeError):
                 pass  # what is wrong is found, and said, below
     return check_and_decode(
