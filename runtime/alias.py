@@ -59,8 +59,8 @@ def alias_flash_mla(name: str = "flash_mla", *, replace: bool = False) -> types.
         if found is not None:
             where = getattr(found, "__file__", None) or getattr(found, "origin", None)
             raise ImportError(
-                f"{name} must not be there already, found {where or found!r}; uninstall it, alias before it is "
-                f"imported, or hide it with alias_flash_mla({name!r}, replace=True)",
+                f"{name} must not be there already, found {where or found!r}; uninstall it, or hide it with "
+                f"alias_flash_mla({name!r}, replace=True) before anything takes names from it",
                 name=name,
             )
     for module_name in [name, *(other for other in sys.modules if other.startswith(f"{name}."))]:
