@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import strategies
 import tilemla as flash_mla
@@ -315,7 +316,6 @@ def test_strided_inputs(device, case):
         slice_of((b, s_q, h_q, d + 64), (..., slice(d)), inputs.q),
         slice_of((b, s_q, h_q + 1, d), (everything, everything, slice(h_q)), inputs.q),
         slice_of((b, s_q + 1, h_q, d), (everything, slice(s_q)), inputs.q),
-        slice_of((b, s_q, h_q, d + 1), (..., slice(1, None)), inputs.q),  # nothing aligned
         inputs.q.transpose(0, 1).contiguous().transpose(0, 1),
         inputs.q.transpose(1, 2).contiguous().transpose(1, 2),
         inputs.q.clone().requires_grad_(),
@@ -340,11 +340,84 @@ def test_stride_of_a_single_page_or_head_says_nothing(device):
 
 
 def test_expanded_query(device):
-    """One query for every request and head: strides of 0."""
+    """One query for every request and head: strides of 0, which the copy engine of a GPU does not know."""
     case = Case((100, 65), num_heads_q=4)
     inputs = make_inputs(case).to(device)
     inputs.q = inputs.q[:1, :, :1].expand(2, 1, 4, 576)
-    check(case, inputs)
+    if device.type == "cpu":
+        check(case, inputs)
+    else:
+        with pytest.raises(ValueError, match="q must have strides that are positive multiples of 8 elements"):
+            decode(case, inputs)
+
+
+def test_queries_at_any_address(device):
+    """On a GPU they must lie where its copy engine can read them; none are copied there unasked."""
+    case = Case((100, 65), num_heads_q=4)
+    inputs = make_inputs(case).to(device)
+    expected = decode(case, inputs)
+    wide = torch.zeros((2, 1, 4, 577), dtype=case.dtype, device=device)
+    shifted = torch.zeros(inputs.q.numel() + 1, dtype=case.dtype, device=device)[1:].view(inputs.q.shape)
+    for q, words in (
+        (wide[..., :576], r"q must have strides that are positive multiples of 8 elements \(16 bytes\), got"),
+        (shifted, "q must start at a multiple of 16 bytes, got address"),
+    ):
+        q.copy_(inputs.q)
+        for _ in range(2):
+            if device.type == "cpu":
+                assert same_bits(decode(case, dataclasses.replace(inputs, q=q)), expected)
+            else:
+                with pytest.raises(ValueError, match=words):
+                    decode(case, dataclasses.replace(inputs, q=q))
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that may copy a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, _types, arguments=(), named=None):
+        if any(word in str(function) for word in ("clone", "copy", "contiguous")):
+            self.seen.append(str(function))
+        return function(*arguments, **(named or {}))
+
+
+CACHES = {
+    "pages in rows of layers": lambda n, h: ((n, 3, 64, h, 576), (slice(None), 1)),
+    "tokens in rows of layers": lambda n, h: ((n, 64, 5, h, 576), (slice(None), slice(None), 2)),
+    "padded tokens": lambda n, h: ((n, 64, h, 640), (..., slice(576))),
+    "padded pages": lambda n, h: ((n, 80, h, 576), (slice(None), slice(8, 72))),
+    "every other page": lambda n, h: ((2 * n, 64, h, 576), (slice(None, None, 2),)),
+}
+
+
+@pytest.mark.parametrize("num_heads_k", [1, 2])
+@pytest.mark.parametrize("place", [*CACHES, "tokens before pages", "heads before tokens"])
+def test_strided_caches_are_read_where_they_are(device, place, num_heads_k):
+    """Any stride of pages, tokens and heads, and queries in rows of a larger tensor, without a copy of anything."""
+    case = Case((300, 0, 65, 700), num_heads_q=4, num_heads_k=num_heads_k)
+    inputs = make_inputs(case).to(device)
+    schedule = flash_mla.get_mla_metadata(inputs.cache_seqlens, 4 // num_heads_k, num_heads_k)
+    expected = decode(case, inputs, schedule)
+    num_blocks = inputs.k_cache.shape[0]
+    if place in CACHES:
+        shape, index = CACHES[place](num_blocks, num_heads_k)
+        k_cache = torch.full(shape, math.nan, dtype=case.dtype, device=device)[index]
+        k_cache.copy_(inputs.k_cache)
+    else:
+        order = (1, 0) if place == "tokens before pages" else (2, 1)
+        k_cache = inputs.k_cache.transpose(*order).contiguous().transpose(*order)
+    assert k_cache.shape == inputs.k_cache.shape
+    assert not k_cache.is_contiguous() or (place, num_heads_k) == ("heads before tokens", 1)
+    q = torch.full((4, 1, 6, 1024), math.nan, dtype=case.dtype, device=device)[:, :, 1:5, 64:640]
+    q.copy_(inputs.q)
+    strided = dataclasses.replace(inputs, q=q, k_cache=k_cache)
+    with Copies() as copies:
+        result = flash_mla.flash_mla_with_kvcache(q, k_cache, inputs.block_table, inputs.cache_seqlens, 512, *schedule)
+    assert not copies.seen
+    assert same_bits(result, expected) and same_bits(decode(case, strided, schedule), expected)
 
 
 def test_pages_beyond_32_bit_offsets(device):

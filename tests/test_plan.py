@@ -195,13 +195,34 @@ def test_table_without_columns():
     assert not out.any() and torch.isposinf(lse).all()
 
 
-def test_queries_that_tma_cannot_read_are_copied_all_the_same():
+def test_queries_that_tma_cannot_read_are_refused_all_the_same():
     inputs = on_gpu(SPLIT)
-    out, _ = decode(inputs)
+    decode(inputs)
     shifted = torch.empty(inputs.q.numel() + 1, dtype=inputs.q.dtype, device=DEVICE)[1:].view(inputs.q.shape)
-    shifted.copy_(inputs.q)
-    for _ in range(2):
-        assert torch.equal(decode(inputs, q=shifted)[0], out)
+    with pytest.raises(ValueError, match="q must start at a multiple of 16 bytes"):
+        decode(inputs, q=shifted)
+
+
+def test_options_by_the_short_way(only_plans):
+    """Each option has a plan of its own, and results in place need none."""
+    inputs = on_gpu(SPLIT)
+    sink = torch.linspace(-3, 3, 16, device=DEVICE)
+    asked = [{}, dict(attn_sink=sink), dict(window_size=(900, 0)), dict(lse_base="2")]
+    expected = [decode(inputs, **options) for options in asked]
+    assert len(interface._plans) == len(asked)
+    schedule = tilemla.get_mla_metadata()
+    decode(inputs, schedule, window_size=(900, 0))
+    alone, _ = tilemla.get_mla_metadata(inputs.cache_seqlens, 16, 1)
+    only_plans()
+    for options, (out, lse) in zip(asked, expected, strict=True):
+        into = torch.full_like(out, torch.nan), torch.full_like(lse, torch.nan)
+        for given in ({}, dict(out=into[0]), dict(out=into[0], softmax_lse=into[1])):
+            again = decode(inputs, **options, **given)
+            assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+        assert again[0] is into[0] and again[1] is into[1]
+        assert torch.equal(decode(inputs, (alone, None), **options)[0], out)
+    assert torch.equal(decode(inputs, (alone, None))[0], expected[0][0])
+    check_result(*decode(inputs, schedule, window_size=(900, 0)), reference_of(inputs, causal=True, window=(900, 0)))
 
 
 @pytest.mark.parametrize(
