@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernel_calls
 import tilemla
 from cases import Case, make_inputs
 from reference import check_result, reference_of
@@ -134,6 +135,8 @@ def test_what_is_assigned_is_honoured(device, form):
         step.planned.num_splits = num_splits
         for _ in range(2):
             assert same_bits(step.layer(), expected)
+        # It is for no kind of call in particular.
+        assert same_bits(plain(CASE, inputs, (step.planned,), window_size=(10**6, 0)), expected)
     assert uncut is None or not same_bits(uncut, expected)
     step.planned.num_splits = None  # left out here too
     assert same_bits(step.layer(), expected)
@@ -283,6 +286,17 @@ def test_table_that_begins_anywhere(device):
             assert same_bits(
                 plain(CASE, dataclasses.replace(inputs, block_table=table), tilemla.get_mla_metadata()), expected
             )
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_lengths_beyond_the_width_of_a_captured_table(device, width):
+    """Kernels go on at the row's stride, as a replay needs it: the public call on a CPU refuses such tables."""
+    inputs = make_inputs(CASE).to(device)
+    expected = kernel_calls.decode(inputs, causal=True)
+    narrow = dataclasses.replace(inputs, block_table=inputs.block_table[:, :width])
+    result = kernel_calls.decode(narrow, causal=True)
+    assert same_bits((result.out, result.lse), (expected.out, expected.lse))
+    check_result(result.out, result.lse, expect(CASE, inputs))
 
 
 # Upstream

@@ -120,6 +120,8 @@ def test_a_schedule_that_a_graph_filled_in(device):
     with pytest.raises(ValueError, match="calls like the one that filled it in"):
         decode(inputs, *schedule)
     assert same_bits(compiled(inputs, *schedule, window_size=(100, 0)), first)
+    with pytest.raises(Exception, match="calls like the one that filled it in|Observed exception"):
+        compiled(inputs, *schedule, window_size=(101, 0))
 
 
 def test_num_splits_left_out(device):
