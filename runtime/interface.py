@@ -201,7 +201,7 @@ def flash_mla_with_kvcache(
         if splits is not None and (config is None or config == planned):
             try:
                 # One part that is not ours may be no schedule at all (`given.Given.by_length`).
-                if metadata.size(0) > 1 or config is not None or "num_splits" in metadata.__dict__:
+                if "num_splits" in metadata.__dict__ or metadata.shape[0] > 1 or config is not None:
                     return plan.run(
                         q,
                         k_cache,
