@@ -311,7 +311,8 @@ def check_and_decode(
         written = None  # a new one is made, and copied
     result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits, out, written, attn_sink)
     if softmax_lse is not None and written is None:
-        result = (result[0], softmax_lse.copy_(result[1]))
+        softmax_lse.detach().copy_(result[1])
+        result = (result[0], softmax_lse)
     if kind is not None and not (on_cpu or has_empty or plan.copies or (by_length and not options.batch_invariant)):
         remember(_plans, kind, (plan, config))
     return result

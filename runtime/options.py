@@ -110,7 +110,7 @@ def check_results(out: Any, softmax_lse: Any, q: torch.Tensor, head_dim_v: int) 
     Raises
     ------
     TypeError, ValueError
-        On a dtype, shape, device or stride that does not fit, or a tensor that autograd watches.
+        On a dtype, shape, device or stride that does not fit.
     """
     batch_size, seq_len_q, num_heads_q, _ = q.shape
     lse_layout = "(batch_size, num_heads_q, seq_len_q)"
@@ -133,8 +133,6 @@ def check_results(out: Any, softmax_lse: Any, q: torch.Tensor, head_dim_v: int) 
             raise ValueError(f"{name} must be on {q.device}, as q, got {describe(value)}")
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {layout} = {shape}, got {describe(value)}")
-        if value.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: it is overwritten, got {describe(value)} that does")
     if out is not None and not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     if softmax_lse is not None and not (softmax_lse.is_contiguous() or has_heads_side_by_side(softmax_lse)):

@@ -209,5 +209,5 @@ class DecodePlan:
             *rest,
         )
         by_query = (batch_size, num_heads_k, seq_len_q, split[3])
-        out.view(*split, head_dim_v).copy_(folded_out.view(*by_query, head_dim_v).transpose(1, 2))
-        softmax_lse.transpose(1, 2).view(split).copy_(folded_lse.view(by_query).transpose(1, 2))
+        out.detach().view(*split, head_dim_v).copy_(folded_out.view(*by_query, head_dim_v).transpose(1, 2))
+        softmax_lse.detach().transpose(1, 2).view(split).copy_(folded_lse.view(by_query).transpose(1, 2))

@@ -181,6 +181,30 @@ def test_a_schedule_of_one_part_is_none_of_that(device, lengths, monkeypatch):
 # num_splits
 
 
+def test_plans_within_graphs(monkeypatch):
+    """One for each graph and its lengths, however many layers; without knowing the graph, one for each call."""
+    made = []
+
+    def make(*_arguments, **_options):
+        made.append((torch.empty(8, 8), torch.empty(6)))
+        return made[-1]
+
+    monkeypatch.setattr(given_schedule, "make_schedule", make)
+    lengths, other_lengths = torch.ones(5, dtype=torch.int32), torch.ones(5, dtype=torch.int32)
+    config = given_schedule.ScheduleConfig(5, 1, 16, 1, 64, False, lengths.device, -1)
+    planned = torch.empty(8, 8)
+
+    def plan(graph, lengths=lengths, config=config):
+        monkeypatch.setattr(given_schedule, "capture_id", lambda: graph)
+        return given_schedule._make_in_graph(planned, lengths, config, 8)
+
+    assert plan(7) is plan(7) is made[0]
+    assert plan(8) is plan(8) is made[1]
+    assert plan(8, other_lengths) is made[2]
+    assert plan(8, other_lengths, config._replace(window_left=3)) is made[3]
+    assert plan(None) is made[4] and plan(None) is made[5] and len(made) == 6
+
+
 @given(
     lengths=st.lists(st.one_of(st.sampled_from((0, 1, 64, 65)), st.integers(0, 3000)), min_size=1, max_size=20),
     num_sm_parts=st.integers(1, 140),

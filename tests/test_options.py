@@ -150,6 +150,18 @@ def test_results_in_place(device, case, contiguous):
             assert same_bits(result, expected)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_that_require_a_gradient(device, case):
+    """As with queries and caches, nothing is recorded: there is no backward pass."""
+    inputs = make_inputs(case).to(device)
+    expected = decode(case, inputs)
+    for _ in range(2):
+        out = poisoned_like(expected[0]).requires_grad_()
+        lse = poisoned_like(expected[1], contiguous=True).requires_grad_()
+        assert same_bits(decode(case, inputs, out=out, softmax_lse=lse), expected)
+        assert out.grad_fn is None and lse.grad_fn is None
+
+
 def test_results_in_a_slice_of_a_larger_buffer(device):
     """As engines pad batches; what lies beside is left alone."""
     inputs = make_inputs(FOLDED).to(device)
@@ -174,7 +186,6 @@ WRONG = {
         ValueError,
         "out must be contiguous, got strides",
     ),
-    "out watched": (dict(out=lambda out: out.requires_grad_()), ValueError, "out must not require a gradient"),
     "lse dtype": (
         dict(softmax_lse=lambda lse: lse.double()),
         TypeError,
