@@ -62,7 +62,8 @@ def make_decode_program(spec) -> Program:
         attn_sink (h_k, group_size), softmax_scale_log2, lse_scale, seq_len_q, group_size, window_left, window_right,
         has_sink)`` with ``rows = s_q * h_q / h_k``. The first three tensors may be strided with a last stride of 1.
         bfloat16 tensors are declared uint16. The windows are those of ``attention.first_key_of_query`` and
-        ``attention.end_key_of_query``; with ``has_sink`` the outputs are divided by a sum that a sink has a share in. ``lse_scale`` is ln 2 for a natural log-sum-exp, 1 for base 2.
+        ``attention.end_key_of_query``; with ``has_sink`` the outputs are divided by a sum that a sink has a share in.
+        ``lse_scale`` is ln 2 for a natural log-sum-exp, 1 for base 2.
     """
     dtype = spec.dtype
     storage = "uint16" if dtype == "bfloat16" else dtype
