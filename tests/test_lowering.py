@@ -11,7 +11,7 @@ from tilemla.codegen.errors import BuildError
 from tilemla.codegen.lower import lower_program
 from tilemla.dsl import make_programs
 from tilemla.errors import ToolchainError
-from tilemla.spec import BENCHMARK_SPECS, KernelSpec, select_specs
+from tilemla.spec import BENCHMARK_SPECS, SUPPORTED_SPECS, KernelSpec, select_specs
 from tilemla.toolchain import find_cuda_toolkit
 
 SMEM_LIMIT_BYTES = 227 * 1024
@@ -96,7 +96,17 @@ def test_only_a_kernel_that_waits_is_launched_early(tmp_path, waits):
     assert ("griddepcontrol.wait" in text_of(entry, "two.ptx")) == waits
 
 
-@pytest.mark.parametrize("spec", select_specs(archs=("sm_90a",)), ids=lambda spec: spec.name)
+PRESET_SPECS = select_specs(archs=("sm_90a",))
+# Of what else there is, one whose page is a part of a block and that has no rope columns.
+OTHER_SPEC = KernelSpec(head_dim_qk=512, page_block_size=16)
+SLOW_SPECS = [
+    pytest.param(spec, marks=pytest.mark.slow)
+    for spec in SUPPORTED_SPECS
+    if spec.arch == "sm_90a" and spec not in (*PRESET_SPECS, OTHER_SPEC)
+]
+
+
+@pytest.mark.parametrize("spec", [*PRESET_SPECS, OTHER_SPEC, *SLOW_SPECS], ids=lambda spec: spec.name)
 def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
     entry = build_module(spec, tmp_path)
     ptx = text_of(entry, "mla_decode.ptx")
