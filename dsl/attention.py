@@ -56,21 +56,11 @@ def end_key_of_query(query, cache_seqlen, seq_len_q, window_right) -> Any:
     return cache_seqlen - hidden
 
 
-def unmasked_blocks(block_n, cache_seqlen, seq_len_q, window_left, window_right) -> Any:
-    """The blocks that every query sees all of: the first, and one past the last, int32.
-
-    All but those near the ends of a sequence and of the windows are.
-    """
-    shift = block_n.bit_length() - 1
-    first_key = first_key_of_query(seq_len_q - 1, cache_seqlen, seq_len_q, window_left)
-    end_key = end_key_of_query(0, cache_seqlen, seq_len_q, window_right)
-    return T.shift_right(first_key + (block_n - 1), shift), T.shift_right(end_key, shift)
-
-
 def needs_mask(block, block_n, cache_seqlen, seq_len_q, window_left, window_right) -> Any:
-    """Whether some query does not see some key of `block`, bool."""
-    begin, end = unmasked_blocks(block_n, cache_seqlen, seq_len_q, window_left, window_right)
-    return (block < begin) | (block >= end)
+    """Whether some query does not see some key of `block`: true near the ends of a sequence and of the window alone."""
+    ends_in_block = (block + 1) * block_n > end_key_of_query(0, cache_seqlen, seq_len_q, window_right)
+    first_key = first_key_of_query(seq_len_q - 1, cache_seqlen, seq_len_q, window_left)
+    return ends_in_block | (block * block_n < first_key)
 
 
 def mask_score(score, visible) -> Any:

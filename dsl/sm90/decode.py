@@ -114,7 +114,6 @@ def make_decode_program(spec, config) -> Program:
             alpha = T.alloc_shared((2, ROWS), accum, scope="shared")
             inverse_sums = T.alloc_shared((ROWS,), accum, scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
-            unmasked = T.alloc_shared((2, 2), "int32", scope="shared")  # blocks of a request, see find_unmasked
             full = T.alloc_barrier([1] * NUM_THIRDS * NUM_STAGES)  # a warp loaded
             empty = T.alloc_barrier([8] * NUM_STAGES)  # the warps that multiply with V are done
             p_full = T.alloc_barrier([4] * NUM_STAGES)  # the warps that make P are done
@@ -160,7 +159,6 @@ def make_decode_program(spec, config) -> Program:
                 alpha=alpha,
                 inverse_sum=inverse_sums,
                 tile=tile,
-                unmasked=unmasked,
                 full=full,
                 empty=empty,
                 p_full=p_full,

@@ -13,11 +13,11 @@ from tilemla.dsl.attention import (
     first_key_of_query,
     inverse_sum,
     mask_score,
+    needs_mask,
     partial_lse_log2,
     probability,
     rescale_factor,
     sink_share,
-    unmasked_blocks,
 )
 from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
 from tilemla.dsl.sm90.tile import (
@@ -69,7 +69,6 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         for i, first, width in columns_of_thirds(head_dim_qk)
     ]
     stage_bytes = STAGE_COLUMNS // SLICE * ATOM_BYTES
-    static_pair = (0, 1)
 
     def key_offset(k_step, stage):
         # of a K step of the page in a stage, in the 16-byte units of a wgmma descriptor
@@ -153,18 +152,11 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         T.sync_threads(SCORE_BARRIER, WARPGROUP)
 
     @T.macro
-    def find_unmasked(request, t):
-        # Looked up in every block, this costs less than what it takes to find it.
-        unmasked = unmasked_blocks(BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right)
-        for i in static_pair:
-            t.unmasked[request % 2, i] = unmasked[i]
-
-    @T.macro
     def soften(scores, running_max, row_sum, request, block, stage, row, column, t):
         # Scores to P in the stage's rope columns, with the step on maximum and sum, and alpha for the accumulators.
         block_max = T.alloc_local((4,), accum)
         alpha = T.alloc_local((2,), accum)
-        if (block < t.unmasked[request % 2, 0]) | (block >= t.unmasked[request % 2, 1]):
+        if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
             for half in T.unroll(2):
                 # the keys that the row's query sees, counted from this thread's first column
                 query = T.alloc_var("int32", init=T.truncdiv(t.tile[0] + row + half * 8, t.group_size))
@@ -209,12 +201,20 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                 t.kv[stage, row + pair % 2 * 8, head_dim_v + pair // 2 * 8 + column + v] = scores[pair * 2 + v]
 
     @T.macro
-    def apply_sink(request, row, row_sum, running_max, t):
-        # A piece of a split request leaves it to the combine kernel.
-        if (t.tx % 4 == 0) & (not is_split(t.part, request)):
+    def normalise(request, row, row_sum, running_max, t):
+        # The sums over a row's threads, and what its outputs are multiplied by. Its threads write the same value.
+        share = T.alloc_local((2,), accum)
+        for half in T.unroll(2):
+            row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
+            row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 2)
+            share[half] = 0
+        # A piece of a split request leaves the sink to the combine kernel.
+        if (t.has_sink != 0) & T.Not(is_split(t.part, request)):
             for half in T.unroll(2):
                 sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + row + half * 8, t.group_size)]
-                t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half], sink_share(running_max[half], sink))
+                share[half] = sink_share(running_max[half], sink)
+        for half in T.unroll(2):
+            t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half], share[half])
 
     @T.macro
     def write_lse(request, row, row_sum, running_max, t):
@@ -251,9 +251,6 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                 q_stage = stage_of(turn)
                 for i in T.unroll(NUM_THIRDS):
                     T.barrier_wait(t.full[q_stage * NUM_THIRDS + i], phase_of(turn))
-                # Of two requests in turn: some warp may still be in the last block of the one before.
-                if t.tx == 0:
-                    find_unmasked(request, t)
                 take_q(q_registers, q_stage, row, column, t)
                 turn = next_turn(turn)
                 for block in T.serial(begin, end):
@@ -276,12 +273,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                     T.sync_threads(SCORE_BARRIER, WARPGROUP)
                     soften(scores, running_max, row_sum, request, block, stage, row, column, t)
                     if block == end - 1:
-                        for half in T.unroll(2):
-                            row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
-                            row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 2)
-                            t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half])
-                        if t.has_sink != 0:
-                            apply_sink(request, row, row_sum, running_max, t)
+                        normalise(request, row, row_sum, running_max, t)
                     T.fence_proxy_async()
                     T.sync_warp()
                     if block == end - 1:
