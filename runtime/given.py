@@ -106,7 +106,7 @@ def find_schedule(
 
 
 def _make(cache_seqlens: torch.Tensor, config: ScheduleConfig, num_sms: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = config.seq_len_q * (config.num_heads_q // config.num_heads_k)
+    rows = config.tokens_per_head_k
     return make_schedule(
         cache_seqlens,
         num_sm_parts_for(num_sms, rows, config.num_heads_k),

@@ -218,7 +218,7 @@ def decode_in_graph(
         if sched_meta.tile_scheduler_metadata is None:
             metadata, splits = torch.ops.tilemla.get_mla_metadata(
                 cache_seqlens,
-                config.seq_len_q * (config.num_heads_q // config.num_heads_k),
+                config.tokens_per_head_k,
                 config.num_heads_k,
                 config.seq_len_q,
                 config.window_left,

@@ -35,6 +35,11 @@ class ScheduleConfig(NamedTuple):
     device: torch.device
     window_left: int
 
+    @property
+    def tokens_per_head_k(self) -> int:
+        """Rows of queries that share a KV head."""
+        return self.seq_len_q * (self.num_heads_q // self.num_heads_k)
+
     @classmethod
     def of(cls, q: torch.Tensor, k_cache: torch.Tensor, causal: bool, window_left: int) -> ScheduleConfig:
         """That of a call whose tensors have their dimensions."""

@@ -38,7 +38,7 @@ from tilemla.dsl.sm90.tile import (
     WARPGROUP,
 )
 
-MAX_GRID_Y = 65535
+MAX_GRID_Y = 65535  # CUDA's limit for a grid's second axis
 
 # The schedule is written by hand, and every index is in bounds by construction (rows are guarded where stored).
 PASS_CONFIG = {
