@@ -206,7 +206,7 @@ def test_nothing_is_measured_where_nothing_can_be_compared(own_peer, tmp_path, o
     assert not written.exists()
 
 
-def test_the_makefile_checks_every_list_that_the_record_holds():
+def test_the_record_holds_every_list_that_the_makefile_checks():
     makefile = (ROOT / "Makefile").read_text()
     [record] = re.findall(r"^BENCH_RECORD := (.*)$", makefile, re.MULTILINE)
     assert ROOT / record == H100_LOG
@@ -214,7 +214,6 @@ def test_the_makefile_checks_every_list_that_the_record_holds():
     assert "--check $(BENCH_RECORD)" in recipe
     result = run_bench("--from", H100_LOG, "--check", H100_LOG)
     assert result.exit_code == 0, result.output
-    assert (
-        f"ratios to a peer compared: {len(re.findall('^ *b[0-9]', result.stdout, re.MULTILINE))}, none" in result.stdout
-    )
-    assert re.findall(r"--cases (\w+)", recipe) == re.findall(r"^(\w+): sgl_kernel", result.stdout, re.MULTILINE)
+    assert re.search("ratios to a peer compared: [1-9][0-9]*, none more", result.stdout)
+    checked = set(re.findall(r"--cases (\w+)", recipe))
+    assert checked and checked <= set(re.findall(r"^(\w+): sgl_kernel", result.stdout, re.MULTILINE))
