@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tilemla.loader import ensure_module
     from tilemla.merge import merge_states
     from tilemla.preloading import preload_modules
+    from tilemla.quantize import dequantize_k_cache, quantize_k_cache
     from tilemla.spec import PRESETS, SUPPORTED_SPECS, KernelSpec, select_specs
     from tilemla.workspace import release_workspaces
 
@@ -30,6 +31,7 @@ _HOME = {
     "PRESETS": "tilemla.spec",
     "SUPPORTED_SPECS": "tilemla.spec",
     "alias_flash_mla": "tilemla.alias",
+    "dequantize_k_cache": "tilemla.quantize",
     "ensure_module": "tilemla.loader",
     "flash_mla_sparse_fwd": "tilemla.formats",
     "flash_mla_with_kvcache": "tilemla.interface",
@@ -38,6 +40,7 @@ _HOME = {
     "get_mla_metadata_dense_fp8": "tilemla.formats",
     "merge_states": "tilemla.merge",
     "preload_modules": "tilemla.preloading",
+    "quantize_k_cache": "tilemla.quantize",
     "release_workspaces": "tilemla.workspace",
     "select_specs": "tilemla.spec",
 }
@@ -50,6 +53,7 @@ __all__ = [
     "ModuleBuildError",
     "ModuleNotBuiltError",
     "alias_flash_mla",
+    "dequantize_k_cache",
     "ensure_module",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
@@ -58,6 +62,7 @@ __all__ = [
     "get_mla_metadata_dense_fp8",
     "merge_states",
     "preload_modules",
+    "quantize_k_cache",
     "release_workspaces",
     "select_specs",
 ]
