@@ -17,7 +17,7 @@ _BYTE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 
 
 class _Parts(NamedTuple):
-    """Views of a quantised cache, each (num_blocks, page_block_size, elements)."""
+    """Views of a quantised cache, each (num_blocks, page_block_size, elements); scales are float32 or bytes of e8m0."""
 
     nope: torch.Tensor
     scales: torch.Tensor
@@ -58,7 +58,7 @@ def quantize_k_cache(k_cache: torch.Tensor, kv_format: str = "fp8_656") -> torch
     parts.rope.copy_(values[..., layout.head_dim_nope :])
     tiles = _in_tiles(values[..., : layout.head_dim_nope], layout)
     scales = _power_of_two_from((tiles.abs().amax(-1) / _E4M3_MAX).clamp_min(_LEAST_SCALE))
-    parts.scales.copy_(scales)
+    parts.scales.copy_(_e8m0_of(scales) if layout.scales_apart else scales)
     parts.nope.copy_((tiles / scales.unsqueeze(-1)).flatten(-2))
     num_bytes = page_block_size * layout.bytes_per_token
     tokens = pages[:, :num_bytes].view(torch.float8_e4m3fn)
@@ -106,7 +106,8 @@ def dequantize_k_cache(
     pages = k_cache.detach().view(torch.uint8).as_strided((num_blocks, page_block_size * width), (k_cache.stride(0), 1))
     # A copy is aligned, as reading four bytes as a scale asks for, wherever the cache begins.
     parts = _parts_of(pages.clone(memory_format=torch.contiguous_format), page_block_size, layout)
-    nope = _in_tiles(parts.nope, layout) * parts.scales.float().unsqueeze(-1)
+    scales = _float_of_e8m0(parts.scales) if layout.scales_apart else parts.scales
+    nope = _in_tiles(parts.nope, layout) * scales.unsqueeze(-1)
     return torch.cat([nope.flatten(-2).to(dtype), parts.rope.to(dtype)], dim=-1).unsqueeze(2)
 
 
@@ -140,7 +141,7 @@ def _parts_of(pages: torch.Tensor, page_block_size: int, layout: Fp8Layout) -> _
         scales = pages[:, first_scale:end].view(*by_token, layout.scale_bytes)
         return _Parts(
             tokens[..., :nope].view(torch.float8_e4m3fn),
-            scales[..., : layout.num_tiles].view(torch.float8_e8m0fnu),
+            scales[..., : layout.num_tiles],
             tokens[..., nope:].view(torch.bfloat16),
         )
     tokens = pages[:, :end].view(*by_token, layout.bytes_per_token)
@@ -161,3 +162,15 @@ def _power_of_two_from(values: torch.Tensor) -> torch.Tensor:
     mantissa, exponent = torch.frexp(values)  # values = mantissa * 2 ** exponent, mantissa from 1/2 on
     powers = torch.ldexp(torch.ones_like(values), exponent - (mantissa == 0.5).to(exponent.dtype))
     return torch.where(values.isfinite(), powers, torch.nan)
+
+
+# torch has a dtype for e8m0 from 2.7 on only.
+def _e8m0_of(scales: torch.Tensor) -> torch.Tensor:
+    """The bytes of powers of two or NaN, float32: their exponents, as NaN's is e8m0's NaN."""
+    return scales.view(torch.int32).bitwise_right_shift(23).bitwise_and(255).to(torch.uint8)
+
+
+def _float_of_e8m0(scales: torch.Tensor) -> torch.Tensor:
+    """The float32 values of bytes."""
+    powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
+    return torch.where(scales == 255, torch.nan, powers)
