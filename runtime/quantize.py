@@ -60,9 +60,7 @@ def quantize_k_cache(k_cache: torch.Tensor, kv_format: str = "fp8_656") -> torch
     scales = _power_of_two_from((tiles.abs().amax(-1) / _E4M3_MAX).clamp_min(_LEAST_SCALE))
     parts.scales.copy_(_e8m0_of(scales) if layout.scales_apart else scales)
     parts.nope.copy_((tiles / scales.unsqueeze(-1)).flatten(-2))
-    num_bytes = page_block_size * layout.bytes_per_token
-    tokens = pages[:, :num_bytes].view(torch.float8_e4m3fn)
-    return tokens.as_strided(
+    return pages.view(torch.float8_e4m3fn).as_strided(
         (num_blocks, page_block_size, 1, layout.bytes_per_token),
         (stride, layout.bytes_per_token, layout.bytes_per_token, 1),
     )
