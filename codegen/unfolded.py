@@ -1,4 +1,4 @@
-"""Write a module's second way into its decode program: the same arguments in the shapes of the public interface."""
+"""Write a module's second ways into its decode programs: the same arguments in the shapes of the public interface."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from tilemla.codegen.errors import BuildError
 from tilemla.codegen.lower import LoweredProgram
 
-_PROGRAM = "mla_decode"
+_PROGRAMS = ("mla_decode", "mla_decode_plain")
 _FOLDED_ROWS = ("q", "out")
 _FOLDED_LSE = "softmax_lse"
 
 
 def write_unfolded(programs: tuple[LoweredProgram, ...]) -> str:
-    """Write ``mla_decode_unfolded`` for a module that holds ``mla_decode``; nothing for others.
+    """Write ``mla_decode_unfolded`` and ``mla_decode_plain_unfolded`` for a module that holds these programs.
 
-    It takes what ``mla_decode`` takes, in the same order, but q ``(b, s_q, h_q, head_dim_qk)``, out
+    Each takes what its program takes, in the same order, but q ``(b, s_q, h_q, head_dim_qk)``, out
     ``(b, s_q, h_q, head_dim_v)`` and softmax_lse ``(b, h_q, s_q)``, and folds them by strides alone. It refuses what
     the program would have to trust: cuts that do not fit into the partial buffers, a short ``num_splits``, a cache or
     a block table without pages, a ``seq_len_q`` or ``group_size`` other than the tensors say.
@@ -28,22 +28,28 @@ def write_unfolded(programs: tuple[LoweredProgram, ...]) -> str:
     Returns
     -------
     str
-        C++ that follows the exported programs.
+        C++ that follows the exported programs; empty for a module of others.
 
     Raises
     ------
     BuildError
-        When the program lacks an argument that is to be folded.
+        When a program lacks an argument that is to be folded.
     """
-    program = next((program for program in programs if program.name == _PROGRAM), None)
-    if program is None:
+    written = [_write_one(program) for program in programs if program.name in _PROGRAMS]
+    if not written:
         return ""
-    name = f"{_PROGRAM}_unfolded"
+    return "\n".join([(Path(__file__).parent / "launcher_unfolded.h").read_text(encoding="utf-8"), *written])
+
+
+def _write_one(program: LoweredProgram) -> str:
+    name = f"{program.name}_unfolded"
     positions = {arg.name: index for index, arg in enumerate(program.args)}
 
     def argument(wanted: str) -> str:
         if wanted not in positions:
-            raise BuildError(f"{_PROGRAM} must have an argument {wanted} to be called unfolded, got {list(positions)}")
+            raise BuildError(
+                f"{program.name} must have an argument {wanted} to be called unfolded, got {list(positions)}"
+            )
         return f"folded[{positions[wanted]}]"
 
     sizes = ", ".join(map(argument, ("q", "kcache", "seq_len_q", "group_size")))
@@ -63,11 +69,10 @@ def write_unfolded(programs: tuple[LoweredProgram, ...]) -> str:
     lines += [
         "tilemla::Folded<3> folded_lse;",
         f'heads.fold_lse("{_FOLDED_LSE}", {argument(_FOLDED_LSE)}, folded_lse);',
-        f"if (int code = __tvm_ffi_{_PROGRAM}(self, folded, num_args, result)) return code;",
+        f"if (int code = __tvm_ffi_{program.name}(self, folded, num_args, result)) return code;",
     ]
     body = "\n".join(f"  {line}" for line in lines)
     return (
-        f"{(Path(__file__).parent / 'launcher_unfolded.h').read_text(encoding='utf-8')}\n"
         f'extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_{name}(void* self, const TVMFFIAny* args, int32_t num_args,\n'
         f"                                                   TVMFFIAny* result) {{\n"
         f"  TVM_FFI_SAFE_CALL_BEGIN();\n{body}\n  TVM_FFI_SAFE_CALL_END();\n}}\n"

@@ -48,10 +48,12 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     if spec.arch == "cpu":
         from tilemla.dsl.decode_cpu import make_decode_program
 
+        decode = make_decode_program(spec)
         return {
             "get_mla_metadata": make_metadata_program_cpu(),
             "get_batch_invariant_metadata": make_batch_invariant_program_cpu(),
-            "mla_decode": make_decode_program(spec),
+            "mla_decode": decode,
+            "mla_decode_plain": _without_options(decode),
             "merge_states": make_merge_program_cpu(spec),
         }
     if spec.arch == "sm_90a":
@@ -59,9 +61,22 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     else:
         from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_cuda
 
+    decode = make_decode_program_cuda(spec, config)
     return {
         "get_mla_metadata": make_metadata_program_sm90(),
         "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
-        "mla_decode": make_decode_program_cuda(spec, config),
+        "mla_decode": decode,
+        "mla_decode_plain": _without_options(decode),
         "merge_states": make_merge_program_cuda(spec),
     }
+
+
+def _without_options(decode: Program) -> Program:
+    """The decode program for calls without an attention sink and without a bound to the left: nearly all of them.
+
+    What those two need costs a short call some hundred nanoseconds, wanted or not: even instructions that are skipped
+    have to be fetched.
+    """
+    from tilemla.dsl.specialise import fix_arguments
+
+    return fix_arguments(decode, "mla_decode_plain", window_left=-1, has_sink=0)

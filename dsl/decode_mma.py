@@ -260,9 +260,10 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                 T.reduce_sum(sums, row_sum, dim=1, clear=True)
                 for i in T.Parallel(block_m):
                     factor[i] = inverse_sum(row_sum[i])
-                    if (has_sink != 0) & T.Not(is_split(part, request)):
-                        sink = attn_sink[head, T.truncmod(row0 + i, group_size)]
-                        factor[i] = inverse_sum(row_sum[i], sink_share(running_max[i], sink))
+                    if has_sink != 0:
+                        if T.Not(is_split(part, request)):
+                            sink = attn_sink[head, T.truncmod(row0 + i, group_size)]
+                            factor[i] = inverse_sum(row_sum[i], sink_share(running_max[i], sink))
                 T.copy(factor, scale)
                 for i, j in T.Parallel(block_m, head_dim_v):
                     acc[i, j] = acc[i, j] * scale[i]

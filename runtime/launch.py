@@ -17,12 +17,14 @@ CPU_NUM_SMS = 8
 
 
 class Kernels(NamedTuple):
-    """What runs on one device."""
+    """What runs on one device. The plain decode functions lack ``attn_sink``, ``window_left`` and ``has_sink``."""
 
     spec: KernelSpec
     num_sms: int
     mla_decode: Callable[..., None]
     mla_decode_unfolded: Callable[..., None]
+    mla_decode_plain: Callable[..., None]
+    mla_decode_plain_unfolded: Callable[..., None]
     get_mla_metadata: Callable[..., None]
 
     @classmethod

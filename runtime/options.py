@@ -45,6 +45,11 @@ class Traits(NamedTuple):
     lse_scale: float
     has_sink: bool
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the plain decode program serves the call."""
+        return self.window_left < 0 and not self.has_sink
+
     @classmethod
     def of(cls, options: Options, causal: bool, seq_len_q: int) -> Traits:
         """Those of a call with ``seq_len_q`` queries a request."""

@@ -57,12 +57,11 @@ class DecodePlan:
         "_decode",
         "_dtype",
         "_empty",
+        "_folded",
         "_has_sink",
         "_index",
-        "_kernels",
         "_lse_shape",
         "_lse_strides",
-        "_no_sink",
         "_out_shape",
         "_out_strides",
         "_rest",
@@ -83,8 +82,6 @@ class DecodePlan:
         softmax_scale: float | None,
         traits: Traits,
     ) -> None:
-        import tvm_ffi
-
         batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
         group = num_heads_q // num_heads_k
         rows = seq_len_q * group
@@ -103,19 +100,21 @@ class DecodePlan:
         scale_log2 = max(scale * _LOG2E, _FLOAT32_TINY)
         self._has_sink = traits.has_sink
         self._sink_shape = (num_heads_k, group)
-        self._no_sink = tvm_ffi.from_dlpack(torch.empty((num_heads_k, 1), dtype=torch.float32, device=q.device))
-        self._rest = (
-            scale_log2,
-            traits.lse_scale,
-            seq_len_q,
-            group,
-            traits.window_left,
-            traits.window_right,
-            int(traits.has_sink),
-        )
+        common = (scale_log2, traits.lse_scale, seq_len_q, group)
+        self._rest: tuple[Any, ...]
+        if traits.is_plain:
+            self._folded, unfolded = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded
+            self._rest = (*common, traits.window_right)
+        else:
+            self._folded, unfolded = kernels.mla_decode, kernels.mla_decode_unfolded
+            self._rest = (*common, traits.window_left, traits.window_right, int(traits.has_sink))
+            if not traits.has_sink:
+                import tvm_ffi
+
+                no_sink = torch.empty((num_heads_k, 1), dtype=torch.float32, device=q.device)
+                self._rest = (tvm_ffi.from_dlpack(no_sink), *self._rest)
         self.copies = num_heads_k > 1 and seq_len_q > 1
-        self._decode = self._decode_copies if self.copies else kernels.mla_decode_unfolded
-        self._kernels = kernels
+        self._decode = self._decode_copies if self.copies else unfolded
 
     def run(
         self,
@@ -158,6 +157,9 @@ class DecodePlan:
             softmax_lse = self.empty_lse()
         if self._out_shape[0]:  # no kernel runs for an empty batch
             workspace = self._scratch.take()
+            rest = self._rest
+            if self._has_sink:
+                rest = (attn_sink.view(self._sink_shape), *rest)  # type: ignore[union-attr]
             self._decode(
                 q,
                 k_cache,
@@ -169,8 +171,7 @@ class DecodePlan:
                 softmax_lse,
                 workspace.out_accum,
                 workspace.lse_accum_log2,
-                attn_sink.view(self._sink_shape) if self._has_sink else self._no_sink,  # type: ignore[union-attr]
-                *self._rest,
+                *rest,
             )
         return out, softmax_lse
 
@@ -190,14 +191,14 @@ class DecodePlan:
         softmax_lse: torch.Tensor,
         *rest: Any,
     ) -> None:
-        """What ``mla_decode_unfolded`` does, with q, out and softmax_lse brought to the kernel's shapes and back."""
+        """What the unfolded function does, with q, out and softmax_lse brought to the kernel's shapes and back."""
         batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
         num_heads_k, head_dim_v = k_cache.shape[2], out.shape[3]
         split = (batch_size, seq_len_q, num_heads_k, num_heads_q // num_heads_k)
         folded = (batch_size, num_heads_k, seq_len_q * split[3])
         folded_out = out.new_empty((*folded, head_dim_v))
         folded_lse = softmax_lse.new_empty(folded)
-        self._kernels.mla_decode(
+        self._folded(
             q.reshape(*split, head_dim_qk).transpose(1, 2).reshape(*folded, head_dim_qk),
             k_cache,
             block_table,

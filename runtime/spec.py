@@ -8,11 +8,17 @@ from typing import Any
 
 # What a module is for, and its programs. `read_pages` serves no call: the benchmark compares with it.
 KERNELS = {
-    "mla_decode": ("get_mla_metadata", "get_batch_invariant_metadata", "mla_decode", "merge_states"),
+    "mla_decode": (
+        "get_mla_metadata",
+        "get_batch_invariant_metadata",
+        "mla_decode",
+        "mla_decode_plain",
+        "merge_states",
+    ),
     "read_pages": ("read_pages",),
 }
-# The functions that it exports beside its programs: a second way into one of them.
-_SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded",)}
+# The functions that it exports beside its programs: second ways into some of them.
+_SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded", "mla_decode_plain_unfolded")}
 # Those that results were compared on: what is built unless others are asked for.
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")

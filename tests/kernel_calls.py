@@ -54,8 +54,12 @@ def decode(
     window=(-1, -1),
     schedule=None,
     lse_scale=LN_2,
+    general=False,
 ) -> Result:
-    """Decode with a schedule, or as many splits as there can be. What the kernels leave unwritten stays NaN."""
+    """Decode with a schedule, or as many splits as there can be. What the kernels leave unwritten stays NaN.
+
+    A call that the plain program serves goes to it, unless it is to go to the general one.
+    """
     q, k_cache = inputs.q, inputs.k_cache
     batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
     _, page_block_size, num_heads_k, _ = k_cache.shape
@@ -73,7 +77,14 @@ def decode(
     out = poisoned(batch_size, num_heads_k, rows, HEAD_DIM_V, dtype=q.dtype)
     lse = poisoned(batch_size, num_heads_k, rows)
     scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
-    kernels.mla_decode(
+    left, right = kernel_window(window, causal, seq_len_q)
+    has_sink = inputs.attn_sink is not None
+    if general or left >= 0 or has_sink:
+        function, bounds = kernels.mla_decode, (left, right, int(has_sink))
+        sink = (inputs.attn_sink.view(num_heads_k, -1) if has_sink else poisoned(num_heads_k, 1),)
+    else:
+        function, bounds, sink = kernels.mla_decode_plain, (right,), ()
+    function(
         fold_heads(q, num_heads_k),
         k_cache,
         inputs.block_table,
@@ -84,13 +95,12 @@ def decode(
         lse,
         poisoned(max_num_splits, num_heads_k, rows, HEAD_DIM_V),
         poisoned(max_num_splits, num_heads_k, rows),
-        poisoned(num_heads_k, 1) if inputs.attn_sink is None else inputs.attn_sink.view(num_heads_k, -1),
+        *sink,
         max(scale * math.log2(math.e), 2.0**-126),  # the API's floor
         lse_scale,
         seq_len_q,
         num_heads_q // num_heads_k,
-        *kernel_window(window, causal, seq_len_q),
-        int(inputs.attn_sink is not None),
+        *bounds,
     )
     lse = unfold_heads(lse[..., None], seq_len_q)[..., 0].transpose(1, 2)
     return Result(unfold_heads(out, seq_len_q), lse, num_splits)

@@ -53,6 +53,23 @@ def kernels_of(case):
     return kernels_for(CPU, case.dtype, 576, 512, 64)
 
 
+def plain(arguments):
+    """Those of them that ``mla_decode_plain_unfolded`` takes."""
+    return {name: arguments[name] for name in arguments if name not in ("attn_sink", "window_left", "has_sink")}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_same_bits_by_the_plain_program(case):
+    arguments = [arguments_of(case) for _ in range(3)]
+    kernels_of(case).mla_decode_unfolded(*arguments[0].values())
+    kernels_of(case).mla_decode_plain_unfolded(*plain(arguments[1]).values())
+    arguments[2]["attn_sink"].fill_(1.0)
+    kernels_of(case).mla_decode_unfolded(*(arguments[2] | {"has_sink": 1}).values())
+    for name in ("out", "softmax_lse"):
+        assert torch.equal(arguments[0][name], arguments[1][name])
+    assert not torch.equal(arguments[0]["out"], arguments[2]["out"])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_same_bits(case):
     arguments = arguments_of(case)
@@ -122,3 +139,5 @@ def test_refusals(changes, error, words):
 def test_the_number_of_arguments():
     with pytest.raises(TypeError, match="mla_decode_unfolded: expected 18 arguments, got 0"):
         kernels_of(CASES[0]).mla_decode_unfolded()
+    with pytest.raises(TypeError, match="mla_decode_plain_unfolded: expected 15 arguments, got 0"):
+        kernels_of(CASES[0]).mla_decode_plain_unfolded()

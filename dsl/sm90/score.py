@@ -208,11 +208,12 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 2)
             share[half] = 0
-        # A piece of a split request leaves the sink to the combine kernel.
-        if (t.has_sink != 0) & T.Not(is_split(t.part, request)):
-            for half in T.unroll(2):
-                sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + row + half * 8, t.group_size)]
-                share[half] = sink_share(running_max[half], sink)
+        if t.has_sink != 0:
+            # A piece of a split request leaves the sink to the combine kernel.
+            if T.Not(is_split(t.part, request)):
+                for half in T.unroll(2):
+                    sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + row + half * 8, t.group_size)]
+                    share[half] = sink_share(running_max[half], sink)
         for half in T.unroll(2):
             t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half], share[half])
 
