@@ -54,11 +54,10 @@ def decode(
     window=(-1, -1),
     schedule=None,
     lse_scale=LN_2,
-    general=False,
 ) -> Result:
     """Decode with a schedule, or as many splits as there can be. What the kernels leave unwritten stays NaN.
 
-    A call that the plain program serves goes to it, unless it is to go to the general one.
+    A call that the plain program serves goes to it, as from the API.
     """
     q, k_cache = inputs.q, inputs.k_cache
     batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
@@ -79,7 +78,7 @@ def decode(
     scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
     left, right = kernel_window(window, causal, seq_len_q)
     has_sink = inputs.attn_sink is not None
-    if general or left >= 0 or has_sink:
+    if left >= 0 or has_sink:
         function, bounds = kernels.mla_decode, (left, right, int(has_sink))
         sink = (inputs.attn_sink.view(num_heads_k, -1) if has_sink else poisoned(num_heads_k, 1),)
     else:
