@@ -44,7 +44,7 @@ def only_plans(monkeypatch):
         def refuse(*_arguments):
             raise AssertionError("the call took the long way")
 
-        monkeypatch.setattr(interface, "_check_and_decode", refuse)
+        monkeypatch.setattr(interface, "check_and_decode", refuse)
         monkeypatch.setattr(schedule, "check_cache_seqlens", refuse)
 
     return begin
