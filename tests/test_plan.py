@@ -28,9 +28,13 @@ COPIED = Case((3000, 0, 65), num_heads_q=6, num_heads_k=2, seq_len_q=3)
 def no_plans(monkeypatch):
     """Begin without plans and scratch memory; results start poisoned on the short way too."""
     fast = allocate.allocator_for(DEVICE)
-    monkeypatch.setattr(
-        allocate, "_empty_strided_cuda", lambda shape, strides, dtype: fast(shape, strides, dtype).fill_(-12345)
-    )
+
+    def poisoned(shape, strides, dtype):
+        tensor = fast(shape, strides, dtype)
+        tensor.data.fill_(-12345)  # past autograd, whose count of writes says whether a schedule is as it was made
+        return tensor
+
+    monkeypatch.setattr(allocate, "_empty_strided_cuda", poisoned)
     monkeypatch.setattr(interface, "_plans", {})
     monkeypatch.setattr(schedule, "_plans", {})
     monkeypatch.setattr(workspace, "_workspaces", {})
