@@ -73,7 +73,8 @@ class Engine:
 def capture(function):
     """Capture two calls, as of two layers; returns the graph and the results."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A stream of the current GPU: torch's own for captures stays on the GPU that it was first made on.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         results = function()
     return graph, results
 

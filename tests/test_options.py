@@ -9,7 +9,10 @@ import torch
 import tilemla
 from cases import Case, make_inputs
 from reference import check_result, check_schedule, reference_of
+from tilemla.launch import Kernels
 from tilemla.options import UNLIMITED, Options, Traits
+from tilemla.plan import DecodePlan
+from tilemla.spec import KernelSpec
 
 # Queries and heads that strides fold, and those that are copied.
 FOLDED = Case(lengths=(700, 0, 65, 1), seq_len_q=3, num_heads_q=4, seed=6)
@@ -301,3 +304,41 @@ def test_batch_invariance_of_nothing(device):
 )
 def test_windows_as_kernels_take_them(window, causal, seq_len_q, expected):
     assert Traits.of(Options(window), causal, seq_len_q)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "program"),
+    [
+        (16, {}, "mla_decode_plain"),
+        (128, dict(causal=True), "mla_decode_plain"),
+        (129, {}, "mla_decode"),
+        (16, dict(window_size=(100, -1)), "mla_decode"),
+        (16, dict(window_size=(-1, 0), seq_len_q=2), "mla_decode_plain"),
+        (16, dict(has_sink=True), "mla_decode"),
+        (16, dict(has_sink=True, seq_len_q=2, num_heads_k=2), "mla_decode"),
+        (16, dict(seq_len_q=2, num_heads_k=2), "mla_decode_plain"),
+    ],
+)
+def test_which_program_serves_a_call(rows, options, program):
+    """It gets as many arguments as it takes."""
+    calls = []
+    functions = {
+        name: lambda *arguments, name=name: calls.append((name.removesuffix("_unfolded"), len(arguments)))
+        for name in ("mla_decode", "mla_decode_unfolded", "mla_decode_plain", "mla_decode_plain_unfolded")
+    }
+    kernels = Kernels(KernelSpec(arch="cpu"), 8, **functions, get_mla_metadata=lambda: None)
+    options = dict(options)
+    seq_len_q, num_heads_k = options.pop("seq_len_q", 1), options.pop("num_heads_k", 1)
+    traits = Traits.of(
+        Options(options.pop("window_size", UNLIMITED), has_sink=options.pop("has_sink", False)),
+        options.pop("causal", False),
+        seq_len_q,
+    )
+    q = torch.zeros((1, seq_len_q, rows * num_heads_k // seq_len_q, 576), dtype=torch.bfloat16)
+    plan = DecodePlan(
+        kernels, q, num_heads_k=num_heads_k, head_dim_v=512, num_sm_parts=1, softmax_scale=None, traits=traits
+    )
+    cache = torch.zeros((1, 64, num_heads_k, 576), dtype=torch.bfloat16)
+    sink = torch.zeros(q.shape[2])
+    plan.run(q, cache, *[torch.zeros(1)] * 4, attn_sink=sink if traits.has_sink else None)
+    assert calls == [(program, 15 if program.endswith("plain") else 18)]
