@@ -16,8 +16,8 @@ from tilemla.workspace import Scratch
 _LOG2E = math.log2(math.e)
 _FLOAT32_TINY = 2.0**-126  # the smallest normal number
 # The plain decode program is faster where memory and latency bound a call. Where the tensor cores and the power that
-# they draw do, with three and more tiles of 64 rows to a stream of KV, the general one was 1 to 3% faster on an H100, in
-# each of seven comparisons; the loops of both hold the same instructions in another order.
+# they draw do, with three and more tiles of 64 rows to a stream of KV, the general one was 1 to 3% faster on an H100,
+# in each of seven comparisons; the loops of both hold the same instructions in another order.
 _MOST_PLAIN_ROWS = 128
 
 MAX_PLANS = 4096
