@@ -29,6 +29,7 @@ _PARTS, _MOST_PIECES, _LEFT, _PLAYED_SIZE = range(4)  # of the state of a plan t
 _NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
 _CHUNK = 1024  # lengths staged through shared memory at a time
 _THREADS = 2 * _PAYLOADS  # one warp: a lane a plan
+_LOADS = 4  # of a lane that are under way at once
 
 
 @T.macro
@@ -110,25 +111,31 @@ def _count_visible(cache_seqlen, seq_len_q, window_left):
 
 
 @T.macro
-def _play_plan(cache_seqlens, b, played, payload, may_cut, overhead, seq_len_q, window_left):
-    """Count the parts that a plan takes, and the pieces of the request that it cuts most; too many if it fails."""
+def _start_play(played, payload):
+    """Begin to count the parts that a plan takes, and the pieces of the request that it cuts most."""
     played[_PARTS] = 1
     played[_MOST_PIECES] = 1
     played[_LEFT] = payload  # what the open part may still take
-    for request in T.serial(b):
-        num_blocks = _count_visible(cache_seqlens[request], seq_len_q, window_left)
-        if num_blocks + overhead <= played[_LEFT]:
-            played[_LEFT] -= num_blocks + overhead
-        elif may_cut != 0:
-            # what the open part does not take, in pieces as large as a part of their own allows
-            rest = num_blocks - T.max(played[_LEFT] - overhead, 0)
-            pieces = T.max(T.truncdiv(rest + payload - overhead - 1, payload - overhead), 1)
-            played[_PARTS] += pieces
-            played[_MOST_PIECES] = T.max(played[_MOST_PIECES], pieces + T.if_then_else(played[_LEFT] > overhead, 1, 0))
-            played[_LEFT] = payload - overhead - (rest - (pieces - 1) * (payload - overhead))
-        else:
-            played[_PARTS] += T.if_then_else(num_blocks + overhead <= payload, 1, _NEVER)
-            played[_LEFT] = payload - overhead - num_blocks
+
+
+@T.macro
+def _play_request(played, num_blocks, payload, may_cut, overhead):
+    """Count on with a request of so many blocks; too many parts if the plan fails."""
+    if num_blocks + overhead <= played[_LEFT]:
+        played[_LEFT] -= num_blocks + overhead
+    elif may_cut != 0:
+        # what the open part does not take, in pieces as large as a part of their own allows
+        room = payload - overhead
+        rest = T.alloc_var("int32", init=num_blocks - T.max(played[_LEFT] - overhead, 0))
+        pieces = T.alloc_var("int32", init=1)
+        if rest > room:  # seldom: a division takes longer than all of the rest
+            pieces = T.truncdiv(rest + room - 1, room)
+        played[_PARTS] += pieces
+        played[_MOST_PIECES] = T.max(played[_MOST_PIECES], pieces + T.if_then_else(played[_LEFT] > overhead, 1, 0))
+        played[_LEFT] = room - (rest - (pieces - 1) * room)
+    else:
+        played[_PARTS] += T.if_then_else(num_blocks + overhead <= payload, 1, _NEVER)
+        played[_LEFT] = payload - overhead - num_blocks
 
 
 def _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths):
@@ -177,16 +184,12 @@ def make_metadata_program_cpu() -> Program:
             best[1] = _NEVER
             for plan in T.serial(2 * _PAYLOADS):
                 if _plan_payload(plan, share) > overhead:
-                    _play_plan(
-                        cache_seqlens,
-                        b,
-                        played,
-                        _plan_payload(plan, share),
-                        _plan_may_cut(plan),
-                        overhead,
-                        seq_len_q,
-                        window_left,
-                    )
+                    _start_play(played, _plan_payload(plan, share))
+                    for request in T.serial(b):
+                        num_blocks = T.alloc_var(
+                            "int32", init=_count_visible(cache_seqlens[request], seq_len_q, window_left)
+                        )
+                        _play_request(played, num_blocks, _plan_payload(plan, share), _plan_may_cut(plan), overhead)
                     if _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths) < best[1]:
                         best[0] = plan
                         best[1] = _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths)
@@ -227,6 +230,15 @@ def make_metadata_program_sm90() -> Program:
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
 
+    @T.macro
+    def load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left):
+        for step in T.serial(T.ceildiv(T.min(_CHUNK, b - chunk * _CHUNK), _LOADS * _THREADS)):
+            for load in T.unroll(_LOADS):
+                at = (step * _LOADS + load) * _THREADS + tx
+                if chunk * _CHUNK + at < b:
+                    first_shared[at] = _first_block(cache_seqlens[chunk * _CHUNK + at], seq_len_q, window_left)
+                    end_shared[at] = _end_block(cache_seqlens[chunk * _CHUNK + at])
+
     @T.prim_func
     def get_mla_metadata(
         cache_seqlens: T.Tensor((b,), "int32"),
@@ -245,24 +257,24 @@ def make_metadata_program_sm90() -> Program:
             blocks = T.alloc_local((_BLOCKS_SIZE,), "int32")
             total = T.alloc_var("int32", init=0)
             tx = T.get_thread_binding()
-            for step in T.serial(T.ceildiv(b, _THREADS)):
-                request = step * _THREADS + tx
-                if request < b:
-                    total += _count_visible(cache_seqlens[request], seq_len_q, window_left) + overhead
+            for step in T.serial(T.ceildiv(b, _LOADS * _THREADS)):
+                for load in T.unroll(_LOADS):
+                    request = (step * _LOADS + load) * _THREADS + tx
+                    if request < b:
+                        total += _count_visible(cache_seqlens[request], seq_len_q, window_left) + overhead
             share = T.alloc_var("int32", init=_share(T.warp_reduce_sum(total), num_sm_parts))
             played = T.alloc_local((_PLAYED_SIZE,), "int32")
             cost = T.alloc_var("int32", init=_NEVER)
+            _start_play(played, _plan_payload(tx, share))
+            for chunk in T.serial(T.ceildiv(b, _CHUNK)):
+                T.sync_threads()  # the last chunk has been played
+                load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
+                T.sync_threads()
+                if _plan_payload(tx, share) > overhead:
+                    for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
+                        num_blocks = T.alloc_var("int32", init=end_shared[at] - first_shared[at])
+                        _play_request(played, num_blocks, _plan_payload(tx, share), _plan_may_cut(tx), overhead)
             if _plan_payload(tx, share) > overhead:
-                _play_plan(
-                    cache_seqlens,
-                    b,
-                    played,
-                    _plan_payload(tx, share),
-                    _plan_may_cut(tx),
-                    overhead,
-                    seq_len_q,
-                    window_left,
-                )
                 cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
             plan = T.alloc_var("int32", init=T.warp_reduce_min(cost * _THREADS + tx) % _THREADS)
             payload = T.alloc_var("int32", init=_plan_payload(plan, share))
@@ -277,11 +289,8 @@ def make_metadata_program_sm90() -> Program:
             for chunk in T.serial(T.ceildiv(b, _CHUNK)):
                 # the walk of the last chunk is over before it is overwritten; idle rows are written before live ones
                 T.sync_threads()
-                for step in T.serial(_CHUNK // _THREADS):
-                    at = step * _THREADS + tx
-                    if chunk * _CHUNK + at < b:
-                        first_shared[at] = _first_block(cache_seqlens[chunk * _CHUNK + at], seq_len_q, window_left)
-                        end_shared[at] = _end_block(cache_seqlens[chunk * _CHUNK + at])
+                if b > _CHUNK:  # the only chunk is there still
+                    load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
                 T.sync_threads()
                 if tx == 0:
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
