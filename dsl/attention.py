@@ -19,6 +19,7 @@ RUNNING_MAX_START = -1e30
 LAZY_MAX_MARGIN_LOG2 = 8.0
 
 LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
 
 
 def page_index(block_table, request, block) -> Any:

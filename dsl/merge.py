@@ -9,8 +9,8 @@ from typing import Any
 
 import tilelang.language as T
 
-from tilemla.dsl.decode_cpu import narrow, widen
 from tilemla.dsl.program import Program
+from tilemla.dsl.tokens_cpu import narrow, widen
 
 _THREADS = 128
 _VECTOR_BYTES = 16

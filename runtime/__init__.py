@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilemla.alias import alias_flash_mla
     from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
-    from tilemla.formats import flash_mla_sparse_fwd, flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
+    from tilemla.formats import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
     from tilemla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
     from tilemla.loader import ensure_module
     from tilemla.merge import merge_states
+    from tilemla.prefill import flash_mla_sparse_fwd
     from tilemla.preloading import preload_modules
     from tilemla.quantize import dequantize_k_cache, quantize_k_cache
     from tilemla.spec import PRESETS, SUPPORTED_SPECS, KernelSpec, select_specs
@@ -33,7 +34,7 @@ _HOME = {
     "alias_flash_mla": "tilemla.alias",
     "dequantize_k_cache": "tilemla.quantize",
     "ensure_module": "tilemla.loader",
-    "flash_mla_sparse_fwd": "tilemla.formats",
+    "flash_mla_sparse_fwd": "tilemla.prefill",
     "flash_mla_with_kvcache": "tilemla.interface",
     "flash_mla_with_kvcache_fp8": "tilemla.formats",
     "get_mla_metadata": "tilemla.interface",

@@ -131,7 +131,7 @@ def build_all() -> tuple[dict[str, list[Entry]], dict[str, str]]:
             return ensure_module(spec, lambda step: progress.step(spec.name, step)).entry, True
 
         outcomes = run_side_by_side(
-            select_specs(),
+            select_specs(presets=("deepseek-v3",)),
             make,
             on_done=lambda outcome: progress.done(
                 outcome.item.name, "failed" if outcome.error else f"ready after {outcome.seconds:.1f} s"

@@ -38,8 +38,8 @@ def _version(distribution: str) -> str:
 def source_fingerprint() -> str:
     """Hash of the texts that decide what a spec is compiled to and how the result is called.
 
-    Covers the sources of ``tilemla.dsl`` and ``tilemla.codegen``, compiler flags among them, the definitions of spec
-    and configuration, the configurations that were chosen, and the manifest's format.
+    Covers the sources of ``tilemla.dsl`` and ``tilemla.codegen``, compiler flags among them, the definitions of spec,
+    configuration and byte layouts, the configurations that were chosen, and the manifest's format.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def source_fingerprint() -> str:
     digest = hashlib.sha256(f"format {MANIFEST_FORMAT}\n".encode())
     for spec in SUPPORTED_SPECS:
         digest.update(f"{spec.name} {select_config(spec).to_dict()}\n".encode())
-    sources = [(name, Path(__file__).with_name(f"{name}.py")) for name in ("spec", "config")]
+    sources = [(name, Path(__file__).with_name(f"{name}.py")) for name in ("spec", "config", "kv_formats")]
     for package in _GENERATING_PACKAGES:
         folder = _package_folder(package)
         if folder is not None:

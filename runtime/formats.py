@@ -1,30 +1,10 @@
-"""FlashMLA's and its forks' functions for fp8 and sparse caches: names that callers import, without kernels yet."""
+"""Functions of FlashMLA's forks for dense fp8 caches: names that callers import, without kernels yet."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 import torch
-
-
-def flash_mla_sparse_fwd(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    sm_scale: float,
-    d_v: int = 512,
-    attn_sink: torch.Tensor | None = None,
-    topk_length: torch.Tensor | None = None,
-    indexer_topk: int = 0,
-) -> NoReturn:
-    """Attend to chosen tokens in prefill, as FlashMLA's function of that name; not there yet.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    _refuse("flash_mla_sparse_fwd", "sparse prefill")
 
 
 def get_mla_metadata_dense_fp8(cache_seqlens: torch.Tensor, num_q_tokens_per_head_k: int, num_heads_k: int) -> NoReturn:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, derive_num_splits, make_schedule, num_sm_parts_for
+from tilemla.schedule import (
+    FlashMLASchedMeta,
+    ScheduleConfig,
+    SparseScheduleConfig,
+    derive_num_splits,
+    make_schedule,
+    num_sm_parts_for,
+)
 from tilemla.streams import capture_id, is_capturing
 from tilemla.validate import check_schedule_tensors, check_tile_scheduler_metadata
+
+Lengths = torch.Tensor | Callable[[], torch.Tensor]
 
 
 class Given(NamedTuple):
@@ -51,8 +61,8 @@ def _is_untouched(tile_scheduler_metadata: torch.Tensor, num_splits: Any) -> boo
 def find_schedule(
     tile_scheduler_metadata: Any,
     num_splits: Any,
-    cache_seqlens: torch.Tensor,
-    config: ScheduleConfig,
+    cache_seqlens: Lengths,
+    config: ScheduleConfig | SparseScheduleConfig,
     num_sms: int,
 ) -> Given:
     """Find the schedule of a call, making or completing it on the device where it is not there yet.
@@ -61,9 +71,9 @@ def find_schedule(
     ----------
     tile_scheduler_metadata, num_splits
         As in ``flash_mla_with_kvcache``; of any type.
-    cache_seqlens : Tensor, (batch_size,), int32
-        Checked already.
-    config : ScheduleConfig
+    cache_seqlens : Tensor, (batch_size,), int32, or callable
+        Checked already, or what makes it where a schedule has to be made.
+    config : ScheduleConfig or SparseScheduleConfig
         The call.
     num_sms : int
         Multiprocessors of the device.
@@ -105,10 +115,12 @@ def find_schedule(
     return Given(metadata, splits, not is_ours and _is_in_older_order(metadata, splits, batch_size))
 
 
-def _make(cache_seqlens: torch.Tensor, config: ScheduleConfig, num_sms: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _make(
+    cache_seqlens: Lengths, config: ScheduleConfig | SparseScheduleConfig, num_sms: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = config.tokens_per_head_k
     return make_schedule(
-        cache_seqlens,
+        cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens(),
         num_sm_parts_for(num_sms, rows, config.num_heads_k),
         rows,
         seq_len_q=config.seq_len_q,
@@ -117,7 +129,7 @@ def _make(cache_seqlens: torch.Tensor, config: ScheduleConfig, num_sms: int) -> 
 
 
 def _make_in_graph(
-    given: Any, cache_seqlens: torch.Tensor, config: ScheduleConfig, num_sms: int
+    given: Any, cache_seqlens: Lengths, config: ScheduleConfig | SparseScheduleConfig, num_sms: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make the schedule of a call that is being captured within the graph, once for all calls that get ``given``.
 
@@ -125,6 +137,8 @@ def _make_in_graph(
     first call does, so that a replay follows the lengths of the day. What was planned before the capture is neither
     made again by a replay nor kept alive for it.
     """
+    if not isinstance(cache_seqlens, torch.Tensor):  # new in each call
+        return _make(cache_seqlens, config, num_sms)
     graph = capture_id()
     key = (graph, cache_seqlens.data_ptr(), config)
     known, schedule = getattr(given, "_in_graph", (None, None))

@@ -19,10 +19,11 @@ from tilemla.options import (
     check_options,
     check_results,
     has_heads_side_by_side,
-    refuse_formats,
 )
 from tilemla.plan import DecodePlan, remember
 from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, get_mla_metadata, make_batch_invariant_schedule
+from tilemla.sparse import decode_chosen
+from tilemla.sparse_validate import check_fp8_flag, check_no_indices
 from tilemla.validate import check_cpu_pages, check_cpu_schedule, check_decode_arguments, check_tma_layout
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
@@ -88,8 +89,21 @@ def flash_mla_with_kvcache(
     attn_sink : Tensor, (num_heads_q,), float32, optional
         A score of each head that no token has: ``out`` is scaled by ``exp(lse) / (exp(lse) + exp(attn_sink))``, with
         the natural ``lse``; ``softmax_lse`` does not know of it. -inf changes nothing, +inf makes ``out`` 0.
-    is_fp8_kvcache, indices, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
-        Upstream's arguments for caches that there are no kernels for yet; must be left at their defaults.
+    is_fp8_kvcache : bool
+        Whether the cache is in one of FlashMLA's formats of bytes, as ``quantize_k_cache`` makes them, of shape
+        ``(num_blocks, page_block_size, 1, bytes of a token)`` and dtype float8_e4m3fn, uint8 or int8: 656 bytes a token
+        for head_dim_qk 576, 584 for 512. Pages may be any distance apart. So far with ``indices`` alone.
+    indices : Tensor, (batch_size, seq_len_q, topk), int32, optional
+        What each query attends to, in place of all: ``page * page_block_size + offset`` of tokens in the cache, which
+        has one KV head and pages of any size. An index that is negative or past the cache names no token; a token
+        counts as often as it is named. ``block_table`` and ``cache_seqlens`` are then not looked at, and may be None;
+        ``causal`` and ``window_size`` must be left at their defaults. Any stride but the last, which is 1.
+    topk_length : Tensor, (batch_size,), int32, optional
+        How many of a request's indices count, from the first on: less than 0 is none, more than topk is all. What the
+        others name is not read.
+    extra_k_cache, extra_indices_in_kvcache, extra_topk_length
+        Tokens of a second cache that are attended to as well: as ``k_cache``, ``indices`` and ``topk_length``, with a
+        page size and a topk of its own.
     out : Tensor, (batch_size, seq_len_q, num_heads_q, head_dim_v), q's dtype, optional
         Where to write the result, contiguous.
     softmax_lse : Tensor, (batch_size, num_heads_q, seq_len_q), float32, optional
@@ -118,7 +132,7 @@ def flash_mla_with_kvcache(
         On an argument that does not fit, naming it, what it must be and what it got.
     NotImplementedError
         When there is no kernel for the device, dtype, head dim, page size or cache format, or it cannot be built
-        (``ModuleNotBuiltError``).
+        (``ModuleNotBuiltError``); for sparse and fp8 caches where torch.compile traces the call.
     """
     if is_dynamo_compiling():
         return operators.decode_in_graph(
@@ -161,12 +175,33 @@ def flash_mla_with_kvcache(
         or lse_base != "e"
         or batch_invariant is not False
     ):
-        refuse_formats(
-            is_fp8_kvcache or None, indices, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
-        )
         options = check_options(
             window_size=window_size, lse_base=lse_base, attn_sink=attn_sink, batch_invariant=batch_invariant
         )
+        check_fp8_flag(is_fp8_kvcache)
+        if indices is not None:
+            return decode_chosen(
+                q,
+                k_cache,
+                head_dim_v,
+                tile_scheduler_metadata,
+                num_splits,
+                softmax_scale,
+                causal,
+                is_fp8_kvcache,
+                indices,
+                attn_sink,
+                extra_k_cache,
+                extra_indices_in_kvcache,
+                topk_length,
+                extra_topk_length,
+                out,
+                softmax_lse,
+                options,
+            )
+        check_no_indices(extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
+        if is_fp8_kvcache:
+            raise NotImplementedError("is_fp8_kvcache must be False without indices: there is no kernel for it yet")
         if batch_invariant:  # the schedule is made below
             metadata = splits = None
     # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it

@@ -34,7 +34,8 @@ class Kernels(NamedTuple):
 
 
 _kernels: dict[tuple[torch.device, torch.dtype, int, int, int], Kernels] = {}
-_modules: dict[tuple[torch.device, torch.dtype | None], LoadedModule] = {}
+_modules: dict[tuple[torch.device, str, torch.dtype | None], LoadedModule] = {}
+_of_kind: dict[tuple[torch.device, str, str, torch.dtype, int, int, int], LoadedModule] = {}
 _num_sms: dict[torch.device, int] = {}
 
 
@@ -99,8 +100,46 @@ def kernels_for(
     return kernels
 
 
-def module_for(device: torch.device, caller: str, dtype: torch.dtype | None = None) -> LoadedModule:
-    """Load a module for programs that do not depend on the cache's geometry: every module of a device has them.
+def module_of_kind(
+    device: torch.device,
+    caller: str,
+    *,
+    kernel: str,
+    kv_format: str,
+    dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_v: int,
+    page_block_size: int = 0,
+) -> LoadedModule:
+    """Select, load and remember the module for a kind of call that is not dense decode.
+
+    Raises
+    ------
+    NotImplementedError
+        When no kernel serves it, or its module is not built and cannot be.
+    """
+    key = (device, kernel, kv_format, dtype, head_dim_qk, head_dim_v, page_block_size)
+    module = _of_kind.get(key)
+    if module is None:
+        spec = select_spec(
+            device_type=device.type,
+            capability=_capability(device),
+            dtype=str(dtype).removeprefix("torch."),
+            head_dim_qk=head_dim_qk,
+            head_dim_v=head_dim_v,
+            page_block_size=page_block_size,
+            kernel=kernel,
+            kv_format=kv_format,
+        )
+        _refuse_capture(device, caller)
+        module = _of_kind[key] = load_module(spec)
+    return module
+
+
+def module_for(
+    device: torch.device, caller: str, dtype: torch.dtype | None = None, program: str | None = None
+) -> LoadedModule:
+    """Load a module for programs that do not depend on the cache's geometry: many modules of a device have them.
 
     Parameters
     ----------
@@ -110,13 +149,16 @@ def module_for(device: torch.device, caller: str, dtype: torch.dtype | None = No
         The public function, for messages.
     dtype : torch.dtype, optional
         Where it matters, that of queries and outputs.
+    program : str, optional
+        What is wanted; by default it is called as the public function is.
 
     Raises
     ------
     NotImplementedError
         When no kernel runs on the device or takes the dtype, or no module is built and none can be.
     """
-    key = (device, dtype)
+    program = program or caller
+    key = (device, program, dtype)
     module = _modules.get(key)
     if module is None:
         default = select_spec(
@@ -130,7 +172,8 @@ def module_for(device: torch.device, caller: str, dtype: torch.dtype | None = No
         _refuse_capture(device, caller)
         candidates = [default]
         for spec in SUPPORTED_SPECS:
-            if spec.arch == default.arch and (dtype is None or spec.dtype == default.dtype):
+            fits = spec.arch == default.arch and program in spec.exports
+            if fits and (dtype is None or spec.dtype == default.dtype):
                 candidates.append(spec)
         # Prefer what is open, then what is built, before generating one for this alone.
         is_open = loaded_specs()

@@ -93,10 +93,10 @@ def _check_window(window_size: Any) -> WindowSize:
 
 
 def check_attn_sink(attn_sink: Any, q: torch.Tensor) -> torch.Tensor | None:
-    """Return the attention sink of a call if it fits its queries."""
+    """Return the attention sink of a call if it fits its queries, (…, num_heads_q, head_dim_qk)."""
     if attn_sink is None:
         return None
-    num_heads_q = q.shape[2]
+    num_heads_q = q.shape[-2]
     sink = check_tensor("attn_sink", attn_sink, 1, "(num_heads_q,)")
     if sink.dtype is not torch.float32:
         raise TypeError(f"attn_sink must be float32, got {describe(sink)}")
@@ -163,9 +163,10 @@ _FORMATS = (
 
 
 def refuse_formats(*arguments: Any) -> None:
-    """Refuse the arguments of caches that have no kernels, in the order of ``_FORMATS``, unless all are None."""
+    """Refuse arguments that torch's compiler has no operator for, in the order of ``_FORMATS``, unless all are None."""
     names = ", ".join(name for name, value in zip(_FORMATS, arguments, strict=True) if value is not None)
     if names:
         raise NotImplementedError(
-            f"{names} must be left at the default: only dense bfloat16 and float16 caches have kernels"
+            f"{names} must be left at the default where torch.compile traces the call: there is no operator for sparse "
+            "and fp8 caches; leave the call out of the graph with torch.compiler.disable"
         )

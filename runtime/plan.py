@@ -25,6 +25,15 @@ _Kind = TypeVar("_Kind")
 _Plan = TypeVar("_Plan")
 
 
+def log2_scale(softmax_scale: float | None, head_dim_qk: int) -> float:
+    """The factor of scores in log2 units; ``head_dim_qk ** -0.5`` by default.
+
+    A scale of 0 still has to leave a masked score at -inf; times what is returned, every finite score is 0 in float32.
+    """
+    scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
+    return max(scale * _LOG2E, _FLOAT32_TINY)
+
+
 def remember(plans: dict[_Kind, _Plan], kind: _Kind, plan: _Plan) -> None:
     """Keep a plan for calls of a kind. When there are too many kinds all are forgotten, and those in use come back."""
     if len(plans) >= MAX_PLANS:
@@ -99,12 +108,9 @@ class DecodePlan:
         self._lse_shape = (batch_size, num_heads_q, seq_len_q)
         self._lse_strides = (num_heads_q * seq_len_q, 1, num_heads_q if seq_len_q > 1 else 1)
         self._scratch = Scratch(kernels.spec, q.device, batch_size + num_sm_parts, num_heads_k, rows, head_dim_v)
-        scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
-        # A scale of 0 still has to leave a masked score at -inf; times this, every finite score is 0 in float32.
-        scale_log2 = max(scale * _LOG2E, _FLOAT32_TINY)
         self._has_sink = traits.has_sink
         self._sink_shape = (num_heads_k, group)
-        common = (scale_log2, traits.lse_scale, seq_len_q, group)
+        common = (log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
         self._rest: tuple[Any, ...]
         if traits.is_plain and rows <= _MOST_PLAIN_ROWS:
             self._folded, unfolded = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded

@@ -50,6 +50,38 @@ class ScheduleConfig(NamedTuple):
         return cls(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, q.device, window_left)
 
 
+class SparseScheduleConfig(NamedTuple):
+    """The call with ``indices`` that a ``FlashMLASchedMeta`` was filled in by; later calls must be alike.
+
+    ``topk`` is how many indices a query has, and the extra fields are those of the second cache; None without one.
+    """
+
+    batch_size: int
+    seq_len_q: int
+    num_heads_q: int
+    page_block_size: int
+    kv_format: str
+    topk: int
+    extra_page_block_size: int | None
+    extra_topk: int | None
+    device: torch.device
+
+    @property
+    def num_heads_k(self) -> int:
+        """What a schedule takes for KV heads: queries, for each reads tokens of its own choice."""
+        return self.seq_len_q
+
+    @property
+    def tokens_per_head_k(self) -> int:
+        """Rows of queries that share the tokens that are read: the heads of a query."""
+        return self.num_heads_q
+
+    @property
+    def window_left(self) -> int:
+        """That of a call without a window."""
+        return NO_WINDOW
+
+
 class FlashMLASchedMeta:
     """A schedule that the first decode call fills in. Opaque: only pass it on.
 
@@ -61,7 +93,7 @@ class FlashMLASchedMeta:
     ----------
     have_initialized : bool
         Whether a call has filled it in.
-    config : ScheduleConfig, optional
+    config : ScheduleConfig or SparseScheduleConfig, optional
         The call that did; None where a caller assigned the tensors.
     tile_scheduler_metadata : Tensor, (num_sm_parts, 8), int32, optional
     num_splits : Tensor, (batch_size + 1,), int32, optional
@@ -70,7 +102,7 @@ class FlashMLASchedMeta:
     def __init__(
         self,
         have_initialized: bool = False,
-        config: ScheduleConfig | None = None,
+        config: ScheduleConfig | SparseScheduleConfig | None = None,
         tile_scheduler_metadata: torch.Tensor | None = None,
         num_splits: torch.Tensor | None = None,
     ) -> None:
@@ -84,12 +116,17 @@ class FlashMLASchedMeta:
         if name in _SCHEDULE_TENSORS:  # what is assigned is for no call that is known
             object.__setattr__(self, "config", None)
 
-    def fill_in(self, tile_scheduler_metadata: torch.Tensor, num_splits: torch.Tensor, config: ScheduleConfig) -> None:
+    def fill_in(
+        self,
+        tile_scheduler_metadata: torch.Tensor,
+        num_splits: torch.Tensor,
+        config: ScheduleConfig | SparseScheduleConfig,
+    ) -> None:
         """Keep the schedule of the first call."""
         self.tile_scheduler_metadata, self.num_splits = tile_scheduler_metadata, num_splits
         self.config, self.have_initialized = config, True
 
-    def expect(self, config: ScheduleConfig) -> None:
+    def expect(self, config: ScheduleConfig | SparseScheduleConfig) -> None:
         """Check that a call is like the one that filled this in.
 
         Raises
@@ -280,7 +317,8 @@ def make_batch_invariant_schedule(
         torch.empty((num_sm_parts, METADATA_FIELDS), dtype=torch.int32, device=device),
         torch.empty(batch_size + 1, dtype=torch.int32, device=device),
     )
-    program = module_for(device, "flash_mla_with_kvcache").functions["get_batch_invariant_metadata"]
+    name = "get_batch_invariant_metadata"
+    program = module_for(device, "flash_mla_with_kvcache", program=name).functions[name]
     program(cache_seqlens, *schedule, BATCH_INVARIANT_BLOCKS, seq_len_q, window_left)
     return schedule
 
@@ -341,9 +379,9 @@ def get_mla_metadata(
     num_heads_q : int, optional
         Accepted for upstream's sake; the plan does not depend on it.
     is_fp8_kvcache : bool
-        Must be False.
+        Accepted for upstream's sake; the plan does not depend on it.
     topk : int, optional
-        Must be None.
+        For calls with ``indices``: how many a query has. ``cache_seqlens`` then says how many requests there are alone.
 
     Returns
     -------
@@ -353,19 +391,18 @@ def get_mla_metadata(
         When called with arguments: ``tile_scheduler_metadata`` ``(num_sm_parts, 8)`` int32 and ``num_splits``
         ``(batch_size + 1,)`` int32. ``num_sm_parts`` depends on the device and the two integers alone, never on batch
         or lengths, and is ``max(SMs // num_heads_k // ceil(num_q_tokens_per_head_k / 64), 1)``; a CPU counts as 8 SMs.
-        A decode call may be given the first alone.
+        A decode call may be given the first alone. With ``topk`` and ``num_heads_q`` each query is a matter of its own:
+        ``max(SMs // num_heads_k // (seq_len_q * ceil(num_heads_q / num_heads_k / 64)), 1)``.
 
     Raises
     ------
     TypeError, ValueError
         On an argument that does not fit, naming it and what it got.
     NotImplementedError
-        For fp8 or sparse caches, and devices without kernels.
+        On devices without kernels.
     """
-    if is_fp8_kvcache:
-        raise NotImplementedError(f"is_fp8_kvcache must be False: there is no fp8 kernel, got {is_fp8_kvcache!r}")
     if topk is not None:
-        raise NotImplementedError(f"topk must be None: there is no sparse kernel, got {topk!r}")
+        return _plan_for_topk(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q, topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return FlashMLASchedMeta(), None
     if is_dynamo_compiling():
@@ -398,6 +435,28 @@ def get_mla_metadata(
     if batch_size and device.type == "cuda":
         remember(_plans, kind, SchedulePlan(device, batch_size, num_sm_parts, tokens_per_head_k))
     return schedule
+
+
+def _plan_for_topk(
+    cache_seqlens: Any, num_q_tokens_per_head_k: Any, num_heads_k: Any, num_heads_q: Any, topk: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A plan in tuple form for calls with ``indices``, of which all count."""
+    lengths = check_cache_seqlens(cache_seqlens)
+    tokens_per_head_k = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
+    heads_k = check_int("num_heads_k", num_heads_k, 1)
+    check_int("topk", topk, 0)
+    device, rows, queries = lengths.device, tokens_per_head_k, 1
+    if num_heads_q is not None:
+        rows = check_int("num_heads_q", num_heads_q, 1) // heads_k
+        if rows * heads_k != num_heads_q or tokens_per_head_k % rows:
+            raise ValueError(
+                f"num_heads_q must be a multiple of num_heads_k = {heads_k} whose quotient divides "
+                f"num_q_tokens_per_head_k = {tokens_per_head_k}, got {num_heads_q}"
+            )
+        queries = tokens_per_head_k // rows
+    blocks = -(-topk // SCHEDULING_BLOCK)
+    every = torch.full_like(lengths, blocks * SCHEDULING_BLOCK)
+    return make_schedule(every, num_sm_parts_for(num_sms_of(device), rows, heads_k * queries), rows)
 
 
 # What the calls with arguments that were checked came to. A CPU's lengths are checked each time.

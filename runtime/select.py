@@ -38,6 +38,16 @@ def arch_of(device_type: str, capability: tuple[int, int] | None) -> str | None:
     return None
 
 
+# What the kernels are for, and what they read, in words.
+_WORDS = {
+    "mla_decode": "dense decode",
+    "mla_sparse_decode": "sparse decode",
+    "mla_sparse_prefill": "sparse prefill",
+    "dense": "a bfloat16 or float16 cache",
+    "dense_fp8": "an e4m3 cache",
+    "fp8_656": "an fp8 cache of 656 bytes a token",
+    "fp8_584": "an fp8 cache of 584 bytes a token",
+}
 # The arguments that a spec's fields say something about, in the order in which a call is refused.
 _ARGUMENTS = {
     "dtype": "q must be {}",
@@ -75,6 +85,8 @@ def select_spec(
     head_dim_qk: int,
     head_dim_v: int,
     page_block_size: int,
+    kernel: str = "mla_decode",
+    kv_format: str = "dense",
 ) -> KernelSpec:
     """Choose the kernel spec for a call.
 
@@ -87,7 +99,9 @@ def select_spec(
     dtype : str
         Of queries and cache, such as ``"bfloat16"``.
     head_dim_qk, head_dim_v, page_block_size : int
-        Elements of a query, elements of a value, tokens in a page.
+        Elements of a query, elements of a value, tokens in a page; 0 where kernels take any number of them.
+    kernel, kv_format : str
+        What is called, and the layout of the cache, in a spec's words.
 
     Returns
     -------
@@ -107,7 +121,13 @@ def select_spec(
         known = ", ".join(f"{major}.{minor} ({arch})" for (major, minor), arch in _ARCHS.items())
         raise NotImplementedError(f"q must be on a CPU or on a GPU of compute capability {known}, got {device}")
     call = dict(dtype=dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, page_block_size=page_block_size)
-    specs = [spec for spec in SUPPORTED_SPECS if spec.arch == arch]
+    specs = [spec for spec in SUPPORTED_SPECS if (spec.kernel, spec.kv_format) == (kernel, kv_format)]
+    archs = dict.fromkeys(spec.arch for spec in specs)
+    if arch not in archs:
+        raise NotImplementedError(
+            f"there is no kernel for {_WORDS[kernel]} of {_WORDS[kv_format]} on {arch}; there is for {', '.join(archs)}"
+        )
+    specs = [spec for spec in specs if spec.arch == arch]
     for spec in specs:
         if all(getattr(spec, field) == value for field, value in call.items()):
             return spec

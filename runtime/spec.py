@@ -15,6 +15,8 @@ KERNELS = {
         "mla_decode_plain",
         "merge_states",
     ),
+    "mla_sparse_decode": ("get_mla_metadata", "get_batch_invariant_metadata", "mla_sparse_decode"),
+    "mla_sparse_prefill": ("mla_sparse_prefill",),
     "read_pages": ("read_pages",),
 }
 # The functions that it exports beside its programs: second ways into some of them.
@@ -23,13 +25,28 @@ _SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded", "mla_decode_plain_unfolded
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16")
-KV_FORMATS = ("dense",)
+# "dense": elements of dtype. "dense_fp8": queries and cache e4m3, with one scale each. Else by the bytes of a token, as
+# in `kv_formats`.
+KV_FORMATS = ("dense", "dense_fp8", "fp8_656", "fp8_584")
 # (head_dim_qk, head_dim_v); the rope part of a key is the difference.
 HEAD_DIMS = ((576, 512), (512, 512))
 PAGE_BLOCK_SIZES = (1, 16, 32, 64, 128, 256)
 # Rows of a query tile: wgmma multiplies 64 rows at a time, a CPU core keeps fewer rows in its cache, and where tensor
 # cores are fed by ldmatrix alone four warps hold an accumulator of 32 rows.
 BLOCK_M = {"sm_90a": 64, "cpu": 16, "sm_80": 32, "sm_89": 32, "sm_100": 32, "sm_120": 32}
+
+# The architectures that there are programs for, by kernel and layout of the cache.
+_WRITTEN_FOR: dict[tuple[str, str], tuple[str, ...]] = {
+    ("mla_decode", "dense"): ARCHS,
+    ("mla_sparse_decode", "dense"): ("cpu",),
+    ("mla_sparse_decode", "fp8_656"): ("cpu",),
+    ("mla_sparse_decode", "fp8_584"): ("cpu",),
+    ("mla_sparse_prefill", "dense"): ("cpu",),
+    ("read_pages", "dense"): ("sm_90a",),
+}
+_SPARSE_KERNELS = ("mla_sparse_decode", "mla_sparse_prefill")
+# What the formats of bytes are made for; a dense cache takes every dtype and head dim.
+_FP8_HEAD_DIMS = {"dense_fp8": (576, 512), "fp8_656": (576, 512), "fp8_584": (512, 512)}
 
 _SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -43,19 +60,21 @@ class KernelSpec:
     arch : str
         ``"sm_90a"``, ``"cpu"``, or another of ``ARCHS``.
     dtype : str
-        Of queries, cache and output: ``"bfloat16"`` or ``"float16"``.
+        Of the output, of queries and of a cache that is not in fp8: ``"bfloat16"`` or ``"float16"``.
     kv_format : str
-        Layout of the cache; ``"dense"`` is ``(num_blocks, page_block_size, num_heads_k, head_dim_qk)`` of ``dtype``.
+        Layout of the cache; ``"dense"`` is ``(num_blocks, page_block_size, num_heads_k, head_dim_qk)`` of ``dtype``,
+        the others are those of ``KV_FORMATS``.
     head_dim_qk : int
         Elements of a query or key: ``head_dim_v`` plus the rope part.
     head_dim_v : int
         Elements of a value, the leading part of the key.
     page_block_size : int
-        Tokens in a page of the cache.
+        Tokens in a page of the cache; 0 where that is an argument of each call, as for tokens that are named by index.
     block_m : int
         Rows of a query tile; 0 takes the one that the architecture's programs are written for.
     kernel : str
-        ``"mla_decode"``, or ``"read_pages"``, which reads the pages of a call and does nothing with them.
+        ``"mla_decode"``; ``"mla_sparse_decode"`` and ``"mla_sparse_prefill"``, which attend to the tokens that indices
+        name; or ``"read_pages"``, which reads the pages of a call and does nothing with them.
     """
 
     arch: str = "sm_90a"
@@ -75,9 +94,10 @@ class KernelSpec:
     def name(self) -> str:
         """A readable name, unique among specs; the stem of the module's file names."""
         dtype = _SHORT_DTYPE.get(self.dtype, self.dtype)
+        page = f"_p{self.page_block_size}" if self.page_block_size else ""
         return (
             f"{self.kernel}_{self.arch}_{dtype}_{self.kv_format}_d{self.head_dim_qk}_v{self.head_dim_v}"
-            f"_p{self.page_block_size}_m{self.block_m}"
+            f"{page}_m{self.block_m}"
         )
 
     @property
@@ -98,10 +118,10 @@ class KernelSpec:
     @property
     def build_options(self) -> str:
         """Options of ``tilemla build`` that build this module alone."""
-        kernel = "" if self.kernel == KernelSpec.kernel else f"--kernel {self.kernel} "
+        page = f" --page-block-size {self.page_block_size}" if self.page_block_size else ""
         return (
-            f"{kernel}--arch {self.arch} --dtype {self.dtype} --head-dim-qk {self.head_dim_qk} "
-            f"--page-block-size {self.page_block_size}"
+            f"--kernel {self.kernel} --arch {self.arch} --dtype {self.dtype} --kv-format {self.kv_format} "
+            f"--head-dim-qk {self.head_dim_qk}{page}"
         )
 
     def why_invalid(self) -> str | None:
@@ -124,13 +144,27 @@ class KernelSpec:
         if (self.head_dim_qk, self.head_dim_v) not in HEAD_DIMS:
             known = " or ".join(map(str, HEAD_DIMS))
             return f"(head_dim_qk, head_dim_v) must be {known}, got ({self.head_dim_qk}, {self.head_dim_v})"
-        if self.page_block_size not in PAGE_BLOCK_SIZES:
-            known = ", ".join(map(str, PAGE_BLOCK_SIZES))
-            return f"page_block_size must be one of {known}, got {self.page_block_size}"
+        archs = _WRITTEN_FOR.get((self.kernel, self.kv_format), ())
+        if not archs:
+            known = ", ".join(kv_format for kernel, kv_format in _WRITTEN_FOR if kernel == self.kernel)
+            return f"kv_format of {self.kernel} must be one of {known}, got {self.kv_format!r}"
+        if self.arch not in archs:
+            known = " or ".join(archs)
+            return f"{self.kernel} of a {self.kv_format} cache has no program but for {known}, got arch {self.arch!r}"
+        if self.kv_format in _FP8_HEAD_DIMS:
+            if self.dtype != "bfloat16":
+                return f"dtype must be bfloat16 for a {self.kv_format} cache, got {self.dtype!r}"
+            if (self.head_dim_qk, self.head_dim_v) != _FP8_HEAD_DIMS[self.kv_format]:
+                return (
+                    f"(head_dim_qk, head_dim_v) must be {_FP8_HEAD_DIMS[self.kv_format]} for a {self.kv_format} cache, "
+                    f"got ({self.head_dim_qk}, {self.head_dim_v})"
+                )
+        sizes = page_block_sizes_of(self.kernel, self.kv_format)
+        if self.page_block_size not in sizes:
+            known = f"one of {', '.join(map(str, sizes))}" if len(sizes) > 1 else f"{sizes[0]} for {self.kernel}"
+            return f"page_block_size must be {known}, got {self.page_block_size}"
         if self.block_m != BLOCK_M[self.arch]:
             return f"block_m must be {BLOCK_M[self.arch]} on {self.arch}, got {self.block_m}"
-        if self.kernel == "read_pages" and (self.arch, self.page_block_size) != ("sm_90a", 64):
-            return f"read_pages must be for sm_90a and pages of 64, got {self.arch} and {self.page_block_size}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,14 +190,28 @@ class KernelSpec:
         return cls(**fields)
 
 
+def page_block_sizes_of(kernel: str, kv_format: str) -> tuple[int, ...]:
+    """Values of ``KernelSpec.page_block_size`` that a kernel is written for; 0 alone where any size is an argument."""
+    if kernel in _SPARSE_KERNELS:
+        return (0,)
+    if kernel == "read_pages" or kv_format != "dense":
+        return (64,)
+    return PAGE_BLOCK_SIZES
+
+
 # What serves calls: what building ahead of time builds and what generating on demand may generate, the same list.
 SUPPORTED_SPECS: tuple[KernelSpec, ...] = tuple(
     spec
+    for kernel, kv_format in _WRITTEN_FOR
     for arch in ARCHS
     for dtype in DTYPES
     for head_dim_qk, head_dim_v in HEAD_DIMS
-    for page_block_size in PAGE_BLOCK_SIZES
-    if (spec := KernelSpec(arch, dtype, "dense", head_dim_qk, head_dim_v, page_block_size)).why_invalid() is None
+    for page_block_size in page_block_sizes_of(kernel, kv_format)
+    if kernel != "read_pages"
+    and (
+        spec := KernelSpec(arch, dtype, kv_format, head_dim_qk, head_dim_v, page_block_size, kernel=kernel)
+    ).why_invalid()
+    is None
 )
 
 # What the benchmark compares with, built only when it is asked for.
@@ -177,14 +225,19 @@ PRESETS: dict[str, tuple[KernelSpec, ...]] = {
     "deepseek-v3": tuple(
         spec
         for spec in SUPPORTED_SPECS
-        if (spec.kv_format, spec.head_dim_qk, spec.head_dim_v, spec.page_block_size) == ("dense", 576, 512, 64)
+        if (spec.kernel, spec.kv_format, spec.head_dim_qk, spec.page_block_size) == ("mla_decode", "dense", 576, 64)
+    ),
+    # DeepSeek-V3.2, which attends to 2048 tokens of its choice: decode over caches of 656 bytes a token or of 16 bits
+    # an element, and prefill.
+    "deepseek-v3.2": tuple(
+        spec for spec in SUPPORTED_SPECS if spec.kernel in _SPARSE_KERNELS and spec.head_dim_qk == 576
     ),
 }
 
 
 def select_specs(
     *,
-    kernels: Collection[str] = ("mla_decode",),
+    kernels: Collection[str] = (),
     presets: Collection[str] = (),
     archs: Collection[str] = (),
     dtypes: Collection[str] = (),
@@ -198,7 +251,7 @@ def select_specs(
     Parameters
     ----------
     kernels : collection of str
-        Keys of ``KERNELS``.
+        Keys of ``KERNELS`` to keep; none keeps all that serve calls.
     presets : collection of str
         Keys of ``PRESETS``, whose specs are joined. None takes those of all presets, or every spec where a cache
         format, a head dim or a page size is asked for.
@@ -235,6 +288,6 @@ def select_specs(
         spec
         for spec in every
         if spec in chosen
-        and spec.kernel in kernels
+        and (spec.kernel in kernels if kernels else spec.kernel != "read_pages")
         and all(not values or getattr(spec, field) in values for field, values in filters)
     ]

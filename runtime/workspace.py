@@ -7,14 +7,17 @@ stream, at any time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 import torch
 
 from tilemla.streams import is_capturing, raw_stream
 
-# The number of splits is rounded up to this, so that a batch that grows by one request does not allocate.
+# The number of splits is rounded up to this, so that a batch that grows by one request does not allocate; to less where
+# splits are so large that it would take more than some memory.
 _SPLITS_STEP = 128
+_STEP_BYTES = 64 << 20
 
 
 class Workspace:
@@ -90,7 +93,8 @@ class Scratch:
         stream = raw_stream(self._index)
         workspace = self._by_stream.get(stream)
         if workspace is None or workspace.max_num_splits < self.max_num_splits:
-            rounded = -(-self.max_num_splits // _SPLITS_STEP) * _SPLITS_STEP
+            step = min(max(_STEP_BYTES // (4 * math.prod(self._geometry)), 1), _SPLITS_STEP)
+            rounded = -(-self.max_num_splits // step) * step
             workspace = self._by_stream[stream] = Workspace(self._device, rounded, *self._geometry)
         return workspace
 

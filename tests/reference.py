@@ -115,6 +115,49 @@ def decode_reference(
     return Reference(out, out_magnitude, lse, score_magnitude)
 
 
+def chosen_reference(q, lists, head_dim_v=512, *, softmax_scale=None, attn_sink=None):
+    """Attend to the tokens that lists of indices name; a token counts as often as it is named.
+
+    Parameters
+    ----------
+    q : Tensor, (queries, num_heads_q, head_dim_qk)
+    lists : list of (tokens, indices, lengths)
+        Tokens ``(num_tokens, head_dim_qk)`` of any dtype, of which those that no index names may hold anything; indices
+        ``(queries, topk)``, of which those that are negative or not below num_tokens name none; how many of them count,
+        ``(queries,)``, or None.
+
+    Returns
+    -------
+    (Reference, Tensor)
+        With out ``(queries, num_heads_q, head_dim_v)`` and lse ``(queries, num_heads_q)``, and the largest scaled score
+        ``(queries, num_heads_q)``, -inf where nothing is named.
+    """
+    queries, num_heads_q, head_dim_qk = q.shape
+    scale = head_dim_qk**-0.5 if softmax_scale is None else softmax_scale
+    like = dict(dtype=torch.float64, device=q.device)
+    out = torch.zeros((queries, num_heads_q, head_dim_v), **like)
+    out_magnitude = torch.zeros_like(out)
+    lse = torch.full((queries, num_heads_q), math.inf, **like)
+    score_magnitude, top = torch.zeros_like(lse), torch.full_like(lse, -math.inf)
+    for i in range(queries):
+        named = []
+        for tokens, indices, lengths in lists:
+            counted = indices[i] if lengths is None else indices[i, : max(int(lengths[i]), 0)]
+            named.append(tokens[counted[(counted >= 0) & (counted < len(tokens))].long()].double())
+        keys = torch.cat(named)
+        if not len(keys):
+            continue
+        scores = q[i].double() @ keys.T * scale  # (num_heads_q, named tokens)
+        lse[i], top[i] = scores.logsumexp(-1), scores.amax(-1)
+        probabilities = torch.exp(scores - lse[i][:, None])
+        if attn_sink is not None:
+            probabilities *= torch.sigmoid(lse[i] - attn_sink.double())[:, None]
+        out[i] = probabilities @ keys[:, :head_dim_v]
+        out_magnitude[i] = probabilities @ keys[:, :head_dim_v].abs()
+        score_magnitude[i] = abs(scale) * q[i].double().norm(dim=-1) * keys.norm(dim=-1).amax()
+    return Reference(out, out_magnitude, lse, score_magnitude), top
+
+
 def reference_of(inputs, *, causal=False, softmax_scale=None, window=(-1, -1)):
     """`decode_reference` of a case's inputs: anything with q, k_cache, block_table and cache_seqlens."""
     return decode_reference(

@@ -41,8 +41,12 @@ def test_each_page_is_in_one_part_and_parts_are_even(lengths, num_parts):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        (dict(arch="cpu"), "read_pages must be for sm_90a and pages of 64, got cpu and 64"),
-        (dict(kernel="write_pages"), "kernel must be one of mla_decode, read_pages, got 'write_pages'"),
+        (dict(arch="cpu"), "read_pages of a dense cache has no program but for sm_90a, got arch 'cpu'"),
+        (dict(page_block_size=16), "page_block_size must be 64 for read_pages, got 16"),
+        (
+            dict(kernel="write_pages"),
+            "kernel must be one of mla_decode, mla_sparse_decode, mla_sparse_prefill, read_pages, got 'write_pages'",
+        ),
     ],
 )
 def test_a_spec_without_a_program_says_why(changes, reason):
@@ -50,7 +54,8 @@ def test_a_spec_without_a_program_says_why(changes, reason):
 
 
 def test_it_is_built_only_when_it_is_asked_for():
-    assert {spec.kernel for spec in select_specs()} == {spec.kernel for spec in SUPPORTED_SPECS} == {"mla_decode"}
+    kernels = {"mla_decode", "mla_sparse_decode", "mla_sparse_prefill"}
+    assert {spec.kernel for spec in select_specs()} == {spec.kernel for spec in SUPPORTED_SPECS} == kernels
     assert tuple(select_specs(kernels=("read_pages",))) == BENCHMARK_SPECS
     assert all(spec.why_invalid() is None for spec in BENCHMARK_SPECS)
     names = [spec.name for spec in SUPPORTED_SPECS + BENCHMARK_SPECS]

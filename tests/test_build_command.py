@@ -22,6 +22,10 @@ from tilemla.spec import BENCHMARK_SPECS, DTYPES, PRESETS, SUPPORTED_SPECS, TEST
 
 SPEC = KernelSpec(arch="cpu", dtype="bfloat16")
 OTHER = KernelSpec(arch="cpu", dtype="float16")
+BYTES_584 = KernelSpec(arch="cpu", kv_format="fp8_584", head_dim_qk=512, page_block_size=0, kernel="mla_sparse_decode")
+ALL_PRESETS = {spec for specs in PRESETS.values() for spec in specs}
+# The two modules above are all that these build.
+ONE_PRESET = ("--preset", "deepseek-v3", "--arch", "cpu")
 TIMEOUT_S = 300
 
 
@@ -84,15 +88,24 @@ def test_unknown_command():
 @pytest.mark.parametrize(
     ("arguments", "specs"),
     [
-        ([], [spec for spec in PRESETS["deepseek-v3"] if spec.arch in TESTED_ARCHS]),
+        ([], [spec for spec in SUPPORTED_SPECS if spec in ALL_PRESETS and spec.arch in TESTED_ARCHS]),
+        (["--preset", "deepseek-v3.2", "--arch", "cpu"], [s for s in PRESETS["deepseek-v3.2"] if s.arch == "cpu"]),
+        (["--kernel", "mla_sparse_decode", "--kv-format", "fp8_584", "--arch", "cpu"], [BYTES_584]),
         (["--preset", "deepseek-v3"], [spec for spec in PRESETS["deepseek-v3"] if spec.arch in TESTED_ARCHS]),
         (["--arch", "sm_120", "--dtype", "float16"], [KernelSpec(arch="sm_120", dtype="float16")]),
         (["--preset", "deepseek-v3", "--arch", "cpu"], [SPEC, OTHER]),
+        (["--kernel", "mla_decode", "--arch", "cpu"], [SPEC, OTHER]),
         (["--kernel", "read_pages"], BENCHMARK_SPECS),
-        (["--kernel", "read_pages", "--kernel", "mla_decode"], [*select_specs(), *BENCHMARK_SPECS]),
+        (
+            ["--kernel", "read_pages", "--kernel", "mla_decode"],
+            [*select_specs(kernels=["mla_decode"]), *BENCHMARK_SPECS],
+        ),
         (["--arch", "cpu", "--arch", "sm_90a", "--dtype", "float16"], select_specs(dtypes=["float16"])),
         (["--head-dim-qk", "576", "--page-block-size", "64", "--arch", "cpu", "--dtype", "bfloat16"], [SPEC]),
-        (["--kv-format", "dense"], [spec for spec in SUPPORTED_SPECS if spec.arch in TESTED_ARCHS]),
+        (
+            ["--kv-format", "dense"],
+            [spec for spec in SUPPORTED_SPECS if spec.arch in TESTED_ARCHS and spec.kv_format == "dense"],
+        ),
         (
             ["--page-block-size", "16", "--arch", "cpu", "--dtype", "bfloat16"],
             [dataclasses.replace(SPEC, head_dim_qk=qk, page_block_size=16) for qk in (576, 512)],
@@ -109,12 +122,12 @@ def test_selection(tmp_path, arguments, specs):
 
 def test_build_then_resume(tmp_path):
     """The first one is built, then it is up to date and only the second is."""
-    done = run("build", "--arch", "cpu", "--dtype", "bfloat16", "--out-dir", str(tmp_path))
+    done = run("build", *ONE_PRESET, "--dtype", "bfloat16", "--out-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert re.search(rf"{SPEC.name} +built", done.stdout) and str(tmp_path) in done.stdout
     assert f"tilemla: {SPEC.name}: compiling mla_decode" in done.stderr
     before = (tmp_path / SPEC.name / f"{SPEC.name}.so").stat().st_mtime_ns
-    done = run("build", "--arch", "cpu", "--out-dir", str(tmp_path), "--json")
+    done = run("build", *ONE_PRESET, "--out-dir", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)["modules"]
     assert (first["name"], first["state"]) == (SPEC.name, "present")
@@ -139,7 +152,7 @@ def failing_compiler(tmp_path):
 
 def test_a_failure_does_not_stop_the_others(tmp_path, failing_compiler):
     out = tmp_path / "out"
-    done = run("build", "--arch", "cpu", "--out-dir", str(out), "--jobs", "1", "--json", CXX=failing_compiler)
+    done = run("build", *ONE_PRESET, "--out-dir", str(out), "--jobs", "1", "--json", CXX=failing_compiler)
     assert done.returncode == 1
     states = {row["name"]: row for row in json.loads(done.stdout)["modules"]}
     assert states[SPEC.name]["state"] == "built" and states[OTHER.name]["state"] == "failed"
@@ -149,7 +162,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, failing_compiler):
 
 
 def test_no_wheel_of_a_failure(tmp_path, failing_compiler):
-    arguments = ["--arch", "cpu", "--dtype", "float16", "--wheel", "--out-dir", str(tmp_path / "dist")]
+    arguments = [*ONE_PRESET, "--dtype", "float16", "--wheel", "--out-dir", str(tmp_path / "dist")]
     done = run("build", *arguments, CXX=failing_compiler, TILEMLA_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1 and "no wheel was made" in done.stderr
     assert not (tmp_path / "dist").exists()
@@ -157,7 +170,7 @@ def test_no_wheel_of_a_failure(tmp_path, failing_compiler):
 
 def test_wheel(tmp_path):
     """From the modules in the cache, one wheel an architecture."""
-    result = run("build", "--arch", "cpu", "--wheel", "--out-dir", str(tmp_path / "dist"), "--json")
+    result = run("build", *ONE_PRESET, "--wheel", "--out-dir", str(tmp_path / "dist"), "--json")
     assert result.returncode == 0, result.stderr
     (wheel,) = json.loads(result.stdout)["wheels"]
     assert [str(path) for path in (tmp_path / "dist").iterdir()] == [wheel]
@@ -167,7 +180,7 @@ def test_wheel(tmp_path):
 def test_without_tilelang(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "tool_versions", fingerprint.tool_versions.__wrapped__)
     monkeypatch.setattr(fingerprint, "_version", lambda name: "absent")
-    result = invoke("build", "--arch", "cpu")
+    result = invoke("build", *ONE_PRESET)
     assert result.exit_code == 1
     assert "not installed: tilelang, apache-tvm-ffi; pip install 'tilemla[codegen]'" in result.output
 
@@ -202,7 +215,7 @@ def on_terminal(arguments, *, interrupt_at=None):
 
 
 def test_live_progress_on_a_terminal(tmp_path):
-    status, stdout, screen = on_terminal(["build", "--arch", "cpu", "--dtype", "bfloat16", "--out-dir", str(tmp_path)])
+    status, stdout, screen = on_terminal(["build", *ONE_PRESET, "--dtype", "bfloat16", "--out-dir", str(tmp_path)])
     assert status == 0
     assert "\x1b[?25l" in screen and "\x1b[?25h" in screen, "the cursor is hidden while the display is live, then shown"
     for step in ("loading TileLang", "lowering", "compiling mla_decode", "linking", "built in"):
@@ -214,7 +227,7 @@ def test_live_progress_on_a_terminal(tmp_path):
 
 def test_interrupt(tmp_path):
     status, _, screen = on_terminal(
-        ["build", "--arch", "cpu", "--out-dir", str(tmp_path)], interrupt_at=b"compiling mla_decode"
+        ["build", *ONE_PRESET, "--out-dir", str(tmp_path)], interrupt_at=b"compiling mla_decode"
     )
     assert status == 1 and "Aborted!" in screen and "Traceback" not in screen
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]

@@ -350,7 +350,6 @@ def test_metadata_by_position(device, arguments):
 @pytest.mark.parametrize(
     ("name", "count", "words"),
     [
-        ("flash_mla_sparse_fwd", 4, "no kernel for sparse prefill"),
         ("get_mla_metadata_dense_fp8", 3, "no kernel for dense decode of an fp8 cache"),
         ("flash_mla_with_kvcache_fp8", 7, "no kernel for dense decode of an fp8 cache"),
     ],

@@ -250,7 +250,7 @@ def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
     [
         ("TILEMLA_BUILD", "maybe", "TILEMLA_BUILD must be one of auto, never, got 'maybe'"),
         ("TILEMLA_LOG", "loud", "TILEMLA_LOG must be one of debug, info, warning, error, got 'loud'"),
-        ("TILEMLA_PRELOAD", "gpt-2", "TILEMLA_PRELOAD must be one of deepseek-v3, got 'gpt-2'"),
+        ("TILEMLA_PRELOAD", "gpt-2", "TILEMLA_PRELOAD must be one of deepseek-v3, deepseek-v3.2, got 'gpt-2'"),
     ],
 )
 def test_variable_that_makes_no_sense(modules, monkeypatch, name, value, message):

@@ -431,7 +431,7 @@ def test_preload_generates_side_by_side(empty_cache, monkeypatch):
 
 
 def test_preload_of_an_unknown_preset():
-    with pytest.raises(ValueError, match="preset must be one of deepseek-v3, got 'deepseek-v9'"):
+    with pytest.raises(ValueError, match="preset must be one of deepseek-v3, deepseek-v3.2, got 'deepseek-v9'"):
         preloading.preload_modules("deepseek-v9")
 
 

@@ -96,13 +96,13 @@ def test_only_a_kernel_that_waits_is_launched_early(tmp_path, waits):
     assert ("griddepcontrol.wait" in text_of(entry, "two.ptx")) == waits
 
 
-PRESET_SPECS = select_specs(archs=("sm_90a",))
+PRESET_SPECS = select_specs(kernels=("mla_decode",), archs=("sm_90a",))
 # Of what else there is, one whose page is a part of a block and that has no rope columns.
 OTHER_SPEC = KernelSpec(head_dim_qk=512, page_block_size=16)
 SLOW_SPECS = [
     pytest.param(spec, marks=pytest.mark.slow)
     for spec in SUPPORTED_SPECS
-    if spec.arch == "sm_90a" and spec not in (*PRESET_SPECS, OTHER_SPEC)
+    if (spec.arch, spec.kernel) == ("sm_90a", "mla_decode") and spec not in (*PRESET_SPECS, OTHER_SPEC)
 ]
 
 

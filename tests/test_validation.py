@@ -1,6 +1,7 @@
 """Every bad input is refused with an exception that names the argument, and the process lives on."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import tilemla
 from cases import Case, make_inputs
 from tilemla import launch
 from tilemla.select import select_spec
-from tilemla.spec import SUPPORTED_SPECS
+from tilemla.spec import SUPPORTED_SPECS, KernelSpec
 
 CASE = Case(lengths=(130, 64, 0), num_heads_q=6, num_heads_k=2)
 
@@ -88,10 +89,16 @@ BAD = {
     "num_splits other batch": ("num_splits", lambda x: x[:-1], ValueError, "batch_size . 1 = 4 .*another batch"),
     "num_splits dtype": ("num_splits", lambda x: x.float(), TypeError, "num_splits must be int32"),
     "num_splits strided": ("num_splits", every_other, ValueError, "num_splits must be contiguous"),
-    "fp8": ("is_fp8_kvcache", lambda x: True, NotImplementedError, "is_fp8_kvcache must be left"),
-    "sparse": ("indices", lambda x: torch.zeros(3, 1, 4), NotImplementedError, "indices must be left"),
-    "extra cache": ("extra_k_cache", lambda x: torch.zeros(6), NotImplementedError, "extra_k_cache must be left"),
-    "topk_length": ("topk_length", lambda x: torch.zeros(6), NotImplementedError, "topk_length must be left"),
+    "fp8 int": ("is_fp8_kvcache", lambda x: 1, TypeError, "is_fp8_kvcache must be a bool, got int 1"),
+    "extra cache": (
+        "extra_k_cache",
+        lambda x: torch.zeros(6),
+        ValueError,
+        "extra_k_cache must be None without indices",
+    ),
+    "extra indices": ("extra_indices_in_kvcache", lambda x: 6, ValueError, "extra_indices_in_kvcache must be None"),
+    "topk_length": ("topk_length", lambda x: torch.zeros(6), ValueError, "topk_length must be None without indices"),
+    "extra_topk_length": ("extra_topk_length", lambda x: 6, ValueError, "extra_topk_length must be None"),
 }
 
 # Only where the host can look at values without waiting.
@@ -188,8 +195,47 @@ def test_every_spec_is_selected_by_its_own_arguments(spec):
         head_dim_qk=spec.head_dim_qk,
         head_dim_v=spec.head_dim_v,
         page_block_size=spec.page_block_size,
+        kernel=spec.kernel,
+        kv_format=spec.kv_format,
     )
     assert chosen == spec
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(head_dim_qk=512), "no kernel for these arguments: q must have head dim 576, got 512"),
+        (dict(dtype="float16"), "no kernel for these arguments: q must be bfloat16, got float16"),
+        (
+            dict(device_type="cuda", capability=(8, 0)),
+            "sparse decode of an fp8 cache of 656 bytes a token on sm_80; there is for .*cpu",
+        ),
+    ],
+)
+def test_calls_that_no_sparse_kernel_serves(changes, message):
+    call = dict(device_type="cpu", capability=None, dtype="bfloat16", head_dim_qk=576, head_dim_v=512)
+    call |= dict(page_block_size=0, kernel="mla_sparse_decode", kv_format="fp8_656")
+    assert select_spec(**call).kv_format == "fp8_656"
+    with pytest.raises(NotImplementedError, match=message):
+        select_spec(**(call | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(kv_format="fp8"), "kv_format must be one of dense, dense_fp8, fp8_656, fp8_584, got 'fp8'"),
+        (dict(kv_format="dense_fp8"), "kv_format of mla_sparse_decode must be one of dense, fp8_656, .* 'dense_fp8'"),
+        (dict(arch="sm_80"), "mla_sparse_decode of a fp8_656 cache has no program but for .*cpu, got arch 'sm_80'"),
+        (dict(dtype="float16"), "dtype must be bfloat16 for a fp8_656 cache, got 'float16'"),
+        (dict(head_dim_qk=512), r"must be \(576, 512\) for a fp8_656 cache, got \(512, 512\)"),
+        (dict(page_block_size=64), "page_block_size must be 0 for mla_sparse_decode, got 64"),
+        (dict(block_m=64), "block_m must be 16 on cpu, got 64"),
+    ],
+)
+def test_why_a_spec_has_no_program(changes, reason):
+    spec = KernelSpec(arch="cpu", kv_format="fp8_656", page_block_size=0, kernel="mla_sparse_decode")
+    assert spec.why_invalid() is None
+    assert re.search(reason, dataclasses.replace(spec, **({"block_m": 0} | changes)).why_invalid())
 
 
 @pytest.mark.gpu
@@ -269,8 +315,11 @@ def test_sched_meta_beside_num_splits(arguments):
         ((torch.zeros(2, dtype=torch.int32), 16.0, 1), TypeError, "num_q_tokens_per_head_k must be an int"),
         ((torch.zeros(2, dtype=torch.int32), 16, 0), ValueError, "num_heads_k must be at least 1, got 0"),
         ((torch.zeros(2, dtype=torch.int32), 16), TypeError, "num_heads_k must be an int, got NoneType"),
-        ((torch.zeros(2, dtype=torch.int32), 16, 1, 16, True), NotImplementedError, "is_fp8_kvcache must be False"),
-        ((torch.zeros(2, dtype=torch.int32), 16, 1, 16, False, 64), NotImplementedError, "topk must be None"),
+        ((torch.zeros(2, dtype=torch.int32), 16, 1, 16, True, 64.0), TypeError, "topk must be an int, got float 64.0"),
+        ((torch.zeros(2, dtype=torch.int32), 16, 1, 16, True, -1), ValueError, "topk must be at least 0, got -1"),
+        ((torch.zeros(2, dtype=torch.int32), 16, 1, 0, True, 64), ValueError, "num_heads_q must be at least 1, got 0"),
+        ((torch.zeros(2), 16, 1, 16, True, 64), TypeError, "cache_seqlens must be int32"),
+        ((None, 16, 1, 16, True, 64), TypeError, "cache_seqlens must be a torch.Tensor"),
         ((torch.zeros(2, dtype=torch.int32, device="meta"), 16, 1), NotImplementedError, "got a meta device"),
     ],
 )

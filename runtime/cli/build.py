@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     "kernels",
     multiple=True,
     type=click.Choice(list(KERNELS)),
-    default=("mla_decode",),
-    show_default=True,
-    help="What the modules are for: decode calls, or read_pages, which `tilemla bench` compares with on a GPU; may be "
-    "given repeatedly.",
+    help="Only modules for this; read_pages, which `tilemla bench` compares with on a GPU, is built when it is named. "
+    "May be given repeatedly.",
 )
 @spec_options("sm_90a and cpu")
 @click.option("--jobs", "-j", default=0, type=click.IntRange(min=0), help="Modules built at once. Default: the cores.")
@@ -69,6 +67,7 @@ def build(
     \b
     Examples:
       tilemla build --preset deepseek-v3                        into the cache, where decode calls find them
+      tilemla build --preset deepseek-v3.2 --arch cpu           sparse decode and prefill
       tilemla build --arch sm_90a --dtype bfloat16 --out-dir m  into m/, for TILEMLA_MODULE_PATH
       tilemla build --arch sm_90a --head-dim-qk 576 --page-block-size 16 --page-block-size 32
       tilemla build --preset deepseek-v3 --arch sm_90a --wheel --out-dir dist

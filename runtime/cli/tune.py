@@ -115,6 +115,7 @@ def tune(
         raise click.UsageError(f"{' and '.join(modes)} exclude each other")
     first = KernelSpec()
     specs = select_specs(
+        kernels=(first.kernel,),
         archs=archs or (_arch_here(),),
         dtypes=dtypes or (first.dtype,),
         kv_formats=kv_formats or (first.kv_format,),
