@@ -52,11 +52,16 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     if spec.kernel == "mla_sparse_decode":
         from tilemla.dsl.sparse_decode_cpu import make_sparse_decode_program
 
-        return {
+        programs = {
             "get_mla_metadata": make_metadata_program_cpu(),
             "get_batch_invariant_metadata": make_batch_invariant_program_cpu(),
             "mla_sparse_decode": make_sparse_decode_program(spec),
         }
+        if "append_kv" in spec.programs:
+            from tilemla.dsl.append import make_append_program_cpu
+
+            programs["append_kv"] = make_append_program_cpu(spec)
+        return programs
     if spec.arch == "cpu":
         from tilemla.dsl.decode_cpu import make_decode_program
 

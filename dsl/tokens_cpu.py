@@ -85,13 +85,12 @@ def token_in_page(kcache, page, offset, page_block_size, kv_format) -> tuple[At,
         The uint8 at a place of the token, its scales left out where they lie apart, and the float32 scale of a tile.
     """
     layout = FP8_LAYOUTS[kv_format]
-    data_bytes = layout.bytes_per_token - (layout.scale_bytes if layout.scales_apart else 0)
 
     def at(place) -> Any:
-        return kcache[page, offset * data_bytes + place]
+        return kcache[page, offset * layout.bytes_apart + place]
 
     def scale_at(tile) -> Any:
-        return _widen_e8m0(kcache[page, page_block_size * data_bytes + offset * layout.scale_bytes + tile])
+        return _widen_e8m0(kcache[page, page_block_size * layout.bytes_apart + offset * layout.scale_bytes + tile])
 
     return at, scale_at if layout.scales_apart else scale_in_token(at, kv_format)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilemla.alias import alias_flash_mla
+    from tilemla.append import append_k_cache
     from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
     from tilemla.formats import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
     from tilemla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
@@ -32,6 +33,7 @@ _HOME = {
     "PRESETS": "tilemla.spec",
     "SUPPORTED_SPECS": "tilemla.spec",
     "alias_flash_mla": "tilemla.alias",
+    "append_k_cache": "tilemla.append",
     "dequantize_k_cache": "tilemla.quantize",
     "ensure_module": "tilemla.loader",
     "flash_mla_sparse_fwd": "tilemla.prefill",
@@ -54,6 +56,7 @@ __all__ = [
     "ModuleBuildError",
     "ModuleNotBuiltError",
     "alias_flash_mla",
+    "append_k_cache",
     "dequantize_k_cache",
     "ensure_module",
     "flash_mla_sparse_fwd",

@@ -48,6 +48,11 @@ class Fp8Layout:
         """Bytes of a token, scales included."""
         return self.head_dim_nope + 2 * self.head_dim_rope + self.scale_bytes
 
+    @property
+    def bytes_apart(self) -> int:
+        """Bytes from one token of a page to the next: those of its scales are not among them where they lie apart."""
+        return self.bytes_per_token - (self.scale_bytes if self.scales_apart else 0)
+
     def bytes_per_page(self, page_block_size: int) -> int:
         """Bytes from one page to the next."""
         num_bytes = page_block_size * self.bytes_per_token

@@ -22,6 +22,7 @@ from tilemla.sparse_validate import (
     check_no_mask,
     check_queries,
     check_softmax_scale,
+    pages_of,
 )
 from tilemla.spec import KernelSpec
 from tilemla.streams import is_capturing
@@ -228,13 +229,7 @@ def _check_chosen(
     if kv_format == "dense":
         pages = k_cache[:, :, 0]
     else:
-        width = page_block_size * k_cache.shape[3]
-        if k_cache.shape[0] > 1 and k_cache.stride(0) < width:
-            raise ValueError(
-                f"{k_cache_name} must have pages that do not overlap, {width} bytes or more apart, "
-                f"got strides {k_cache.stride()}"
-            )
-        pages = k_cache.view(torch.uint8).as_strided((k_cache.shape[0], width), (k_cache.stride(0), 1))
+        pages = pages_of(k_cache_name, k_cache)
     return Chosen(pages, page_block_size, indices, topk_length), kv_format
 
 

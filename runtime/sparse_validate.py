@@ -62,16 +62,16 @@ def check_lengths(name: str, lengths: Any, layout: str, count: int, device: torc
     return lengths  # type: ignore[no-any-return]
 
 
-def check_byte_cache(name: str, k_cache: torch.Tensor, kv_format: str) -> None:
-    """Check a cache in one of FlashMLA's formats of bytes, of which the rank is right."""
+def check_byte_cache(name: str, k_cache: torch.Tensor, kv_format: str, where: str) -> None:
+    """Check a cache in one of FlashMLA's formats of bytes; its rank is right, and `where` says what asks for it."""
     width = FP8_LAYOUTS[kv_format].bytes_per_token
     if k_cache.dtype not in BYTE_DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in BYTE_DTYPES)
-        raise TypeError(f"{name} must be one of {known} where is_fp8_kvcache is True, got {describe(k_cache)}")
+        raise TypeError(f"{name} must be one of {known} where {where}, got {describe(k_cache)}")
     if k_cache.shape[3] != width:
         raise ValueError(
-            f"{name} must have {width} bytes a token, shape (num_blocks, page_block_size, 1, {width}), where q has "
-            f"head dim {FP8_LAYOUTS[kv_format].head_dim}, got {describe(k_cache)}; quantize_k_cache makes such a cache"
+            f"{name} must have {width} bytes a token, shape (num_blocks, page_block_size, 1, {width}), where "
+            f"{where}, got {describe(k_cache)}; quantize_k_cache makes such a cache"
         )
     if k_cache.stride(3) != 1 or (k_cache.shape[1] > 1 and k_cache.stride(1) != width):
         raise ValueError(
@@ -80,11 +80,23 @@ def check_byte_cache(name: str, k_cache: torch.Tensor, kv_format: str) -> None:
         )
 
 
-def check_one_head(name: str, k_cache: Any, q: torch.Tensor) -> torch.Tensor:
-    """Return a paged cache with one KV head on the device of the queries, of any dtype and width."""
+def pages_of(name: str, k_cache: torch.Tensor) -> torch.Tensor:
+    """The pages of a cache of bytes that was checked, (num_blocks, bytes) uint8, each in a row."""
+    num_blocks, page_block_size, _, width = k_cache.shape
+    num_bytes = page_block_size * width
+    if num_blocks > 1 and k_cache.stride(0) < num_bytes:
+        raise ValueError(
+            f"{name} must have pages that do not overlap, {num_bytes} bytes or more apart, "
+            f"got strides {k_cache.stride()}"
+        )
+    return k_cache.view(torch.uint8).as_strided((num_blocks, num_bytes), (k_cache.stride(0), 1))
+
+
+def check_one_head(name: str, k_cache: Any, device: torch.device, beside: str) -> torch.Tensor:
+    """Return a paged cache with one KV head on the device of the argument `beside`, of any dtype and width."""
     check_tensor(name, k_cache, 4, "(num_blocks, page_block_size, 1, head_dim_qk or bytes of a token)")
-    if k_cache.device != q.device:
-        raise ValueError(f"{name} must be on {q.device}, as q, got {describe(k_cache)}")
+    if k_cache.device != device:
+        raise ValueError(f"{name} must be on {device}, as {beside}, got {describe(k_cache)}")
     if k_cache.shape[1] < 1:
         raise ValueError(f"{name} must have a positive page_block_size, got {describe(k_cache)}")
     if k_cache.shape[2] != 1:
@@ -100,13 +112,14 @@ def check_chosen_cache(name: str, k_cache: Any, q: torch.Tensor, is_fp8_kvcache:
     NotImplementedError
         Where there is no format of bytes for the head dim of the queries.
     """
-    check_one_head(name, k_cache, q)
+    check_one_head(name, k_cache, q.device, "q")
     head_dim_qk = q.shape[-1]
     if is_fp8_kvcache:
         if head_dim_qk not in FP8_FORMATS:
             known = " or ".join(map(str, sorted(FP8_FORMATS)))
             raise NotImplementedError(f"q must have head dim {known} where is_fp8_kvcache is True, got {describe(q)}")
-        check_byte_cache(name, k_cache, FP8_FORMATS[head_dim_qk])
+        where = f"is_fp8_kvcache is True and q has head dim {head_dim_qk}"
+        check_byte_cache(name, k_cache, FP8_FORMATS[head_dim_qk], where)
         return FP8_FORMATS[head_dim_qk]
     if k_cache.dtype is not q.dtype:
         hint = "; is_fp8_kvcache=True is for caches of bytes" if k_cache.dtype in BYTE_DTYPES else ""

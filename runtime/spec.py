@@ -21,6 +21,8 @@ KERNELS = {
 }
 # The functions that it exports beside its programs: second ways into some of them.
 _SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded", "mla_decode_plain_unfolded")}
+# What modules for sparse decode of a cache of bytes have besides: new tokens are quantised into it.
+_APPENDING = ("append_kv",)
 # Those that results were compared on: what is built unless others are asked for.
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
@@ -103,7 +105,8 @@ class KernelSpec:
     @property
     def programs(self) -> tuple[str, ...]:
         """Names of the programs that the module is made of."""
-        return KERNELS[self.kernel]
+        appends = self.kernel == "mla_sparse_decode" and self.kv_format != "dense"
+        return KERNELS[self.kernel] + (_APPENDING if appends else ())
 
     @property
     def exports(self) -> tuple[str, ...]:
