@@ -18,6 +18,9 @@ RUNNING_MAX_START = -1e30
 # accumulator. A probability is then at most 2**8, far inside fp32, bf16 and fp16.
 LAZY_MAX_MARGIN_LOG2 = 8.0
 
+# The least factor of scores: the smallest normal float32.
+LEAST_SCALE = 2.0**-126
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
@@ -72,6 +75,14 @@ def mask_score(score, visible) -> Any:
 def advance_max(running_max, block_max) -> Any:
     """The running maximum after a block whose largest scaled score is `block_max` (-inf if nothing is visible)."""
     return T.if_then_else(block_max > running_max + LAZY_MAX_MARGIN_LOG2, block_max, running_max)
+
+
+def descale_scores(softmax_scale_log2, descale_q, descale_k) -> Any:
+    """The factor of scores whose queries and keys are still to be multiplied by scales of their own.
+
+    Positive where these are 0, too: a masked score has to stay -inf.
+    """
+    return T.max(softmax_scale_log2 * descale_q * descale_k, LEAST_SCALE)
 
 
 def rescale_factor(old_max, new_max) -> Any:

@@ -101,6 +101,7 @@ def make_sparse_decode_program(spec) -> Program:
             lse_scale=lse_scale,
             has_sink=has_sink,
             sink_at=lambda request, query, head: attn_sink[head],
+            value_scale=None,
         )
         # As namespaces: an argument of a macro is renamed after its parameter.
         paged = SimpleNamespace(kcache=kcache, page_block_size=page_block_size)

@@ -54,6 +54,7 @@ def make_sparse_prefill_program(spec) -> Program:
             lse_scale=attention.LN_2,
             has_sink=has_sink,
             sink_at=lambda query, head: attn_sink[head],
+            value_scale=None,
         )
         with T.Kernel(T.ceildiv(h_q, block_m), s_q, threads=1) as (tile_index, query):
             tile = chosen.alloc()

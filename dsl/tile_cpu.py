@@ -130,13 +130,16 @@ def make_tile_macros(spec, out_dtype=None) -> SimpleNamespace:
     def write_row(results, where, acc, i, row_sum, row_max):
         """Normalise row `i` of an accumulator and write it, rounded, beside its log-sum-exp.
 
-        `results` holds out, softmax_lse, lse_scale, has_sink, and sink_at, the sink of a row.
+        `results` holds out, softmax_lse, lse_scale, has_sink, sink_at, which gives the sink of a row, and value_scale,
+        what values are to be multiplied by, or None.
         """
         results.softmax_lse[where] = attention.final_lse(row_sum, row_max, results.lse_scale)
         factor = T.alloc_local((1,), "float32")
         factor[0] = attention.inverse_sum(row_sum)
         if results.has_sink != 0:
             factor[0] = attention.inverse_sum(row_sum, attention.sink_share(row_max, results.sink_at(*where)))
+        if results.value_scale is not None:
+            factor[0] = factor[0] * results.value_scale
         for d in T.serial(head_dim_v):
             results.out[(*where, d)] = narrow(acc[i, d] * factor[0], dtype)
 

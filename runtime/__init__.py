@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tilemla.alias import alias_flash_mla
     from tilemla.append import append_k_cache
     from tilemla.errors import ModuleBuildError, ModuleNotBuiltError
-    from tilemla.formats import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
+    from tilemla.fp8 import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
     from tilemla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
     from tilemla.loader import ensure_module
     from tilemla.merge import merge_states
@@ -38,9 +38,9 @@ _HOME = {
     "ensure_module": "tilemla.loader",
     "flash_mla_sparse_fwd": "tilemla.prefill",
     "flash_mla_with_kvcache": "tilemla.interface",
-    "flash_mla_with_kvcache_fp8": "tilemla.formats",
+    "flash_mla_with_kvcache_fp8": "tilemla.fp8",
     "get_mla_metadata": "tilemla.interface",
-    "get_mla_metadata_dense_fp8": "tilemla.formats",
+    "get_mla_metadata_dense_fp8": "tilemla.fp8",
     "merge_states": "tilemla.merge",
     "preload_modules": "tilemla.preloading",
     "quantize_k_cache": "tilemla.quantize",

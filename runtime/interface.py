@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from tilemla import operators
 from tilemla.given import Given, find_schedule, recall_num_splits
-from tilemla.launch import kernels_for
+from tilemla.launch import Kernels, kernels_for
 from tilemla.options import (
     DEFAULT_OPTIONS,
     UNLIMITED,
@@ -92,7 +92,8 @@ def flash_mla_with_kvcache(
     is_fp8_kvcache : bool
         Whether the cache is in one of FlashMLA's formats of bytes, as ``quantize_k_cache`` makes them, of shape
         ``(num_blocks, page_block_size, 1, bytes of a token)`` and dtype float8_e4m3fn, uint8 or int8: 656 bytes a token
-        for head_dim_qk 576, 584 for 512. Pages may be any distance apart. So far with ``indices`` alone.
+        for head_dim_qk 576 and, with ``indices``, 584 for 512. Pages may be any distance apart; without ``indices``
+        they are of 64 tokens. q is bfloat16.
     indices : Tensor, (batch_size, seq_len_q, topk), int32, optional
         What each query attends to, in place of all: ``page * page_block_size + offset`` of tokens in the cache, which
         has one KV head and pages of any size. An index that is negative or past the cache names no token; a token
@@ -201,7 +202,23 @@ def flash_mla_with_kvcache(
             )
         check_no_indices(extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
         if is_fp8_kvcache:
-            raise NotImplementedError("is_fp8_kvcache must be False without indices: there is no kernel for it yet")
+            from tilemla.fp8 import decode_bytes
+
+            return decode_bytes(
+                q,
+                k_cache,
+                block_table,
+                cache_seqlens,
+                head_dim_v,
+                tile_scheduler_metadata,
+                num_splits,
+                softmax_scale,
+                causal,
+                attn_sink,
+                out,
+                softmax_lse,
+                options,
+            )
         if batch_invariant:  # the schedule is made below
             metadata = splits = None
     # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it
@@ -295,20 +312,62 @@ def check_and_decode(
     )
     attn_sink = check_attn_sink(attn_sink, q)
     check_results(out, softmax_lse, q, head_dim_v)
-    batch_size, seq_len_q, _, head_dim_qk = q.shape
-    num_blocks, page_block_size, num_heads_k, _ = k_cache.shape
-    device = q.device
     if q.requires_grad or k_cache.requires_grad:  # DLPack takes no tensor that does; there is no backward pass
         q, k_cache = q.detach(), k_cache.detach()
-    kernels = kernels_for(device, q.dtype, head_dim_qk, head_dim_v, page_block_size)
-    on_cpu = device.type == "cpu"
+    kernels = kernels_for(q.device, q.dtype, q.shape[3], head_dim_v, k_cache.shape[1])
+    if q.device.type != "cpu":
+        k_cache = check_tma_layout("k_cache", k_cache)
+        q = check_tma_layout("q", q)
+    return decode_checked(
+        kernels,
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        attn_sink,
+        out,
+        softmax_lse,
+        options,
+        kind,
+    )
+
+
+def decode_checked(
+    kernels: Kernels,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor | None,
+    num_splits: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor | None,
+    softmax_lse: torch.Tensor | None,
+    options: Options,
+    kind: tuple[Any, ...] | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    scales: tuple[torch.Tensor, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the schedule of a call whose other arguments were checked, decode, and remember the plan as ``kind``.
+
+    ``out_dtype`` is q's by default; ``scales`` are what a module's program takes beside q and the cache.
+    """
+    batch_size, seq_len_q, _, _ = q.shape
+    num_blocks, page_block_size, num_heads_k, token_width = k_cache.shape
+    on_cpu = q.device.type == "cpu"
     traits = Traits.of(options, causal, seq_len_q)
     window = dict(seq_len_q=seq_len_q, window_left=traits.window_left)
     if on_cpu:
         check_cpu_pages(block_table, cache_seqlens, num_blocks, page_block_size, **window)
-    else:
-        k_cache = check_tma_layout("k_cache", k_cache)
-        q = check_tma_layout("q", q)
     q = _with_heads_side_by_side(q)
     config = ScheduleConfig.of(q, k_cache, causal, traits.window_left)
     by_length = options.batch_invariant
@@ -325,7 +384,7 @@ def check_and_decode(
     # A cache without pages serves requests without tokens, but no kernel can be given an empty tensor.
     has_empty = not (batch_size and num_blocks and block_table.shape[1])
     if not num_blocks:
-        k_cache = k_cache.new_zeros((1, page_block_size, num_heads_k, head_dim_qk))
+        k_cache = k_cache.new_zeros((1, page_block_size, num_heads_k, token_width))
     if not block_table.shape[1]:
         block_table = block_table.new_zeros((batch_size, 1))
     known = _plans.get(kind) if kind is not None else None
@@ -340,6 +399,8 @@ def check_and_decode(
             num_sm_parts=metadata.shape[0],
             softmax_scale=softmax_scale,
             traits=traits,
+            out_dtype=out_dtype,
+            scales=scales,
         )
     written = softmax_lse
     if written is not None and not has_heads_side_by_side(written) and not plan.copies:

@@ -56,6 +56,10 @@ class DecodePlan:
         Factor of the scores; ``head_dim_qk ** -0.5`` by default.
     traits : Traits
         The window, the base of the log-sum-exp, and whether there is an attention sink.
+    out_dtype : torch.dtype, optional
+        Of the output; q's by default.
+    scales : tuple of Tensor
+        What the module's programs take between the attention sink and their numbers. The plan is for these alone.
 
     Attributes
     ----------
@@ -94,12 +98,14 @@ class DecodePlan:
         num_sm_parts: int,
         softmax_scale: float | None,
         traits: Traits,
+        out_dtype: torch.dtype | None = None,
+        scales: tuple[torch.Tensor, ...] = (),
     ) -> None:
         batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
         group = num_heads_q // num_heads_k
         rows = seq_len_q * group
         self.num_sm_parts = num_sm_parts
-        self._dtype = q.dtype
+        self._dtype = out_dtype or q.dtype
         self._index: int | None = q.device.index if q.device.type == "cuda" else None
         self._empty = allocator_for(q.device)
         self._out_shape = (batch_size, seq_len_q, num_heads_q, head_dim_v)
@@ -110,7 +116,7 @@ class DecodePlan:
         self._scratch = Scratch(kernels.spec, q.device, batch_size + num_sm_parts, num_heads_k, rows, head_dim_v)
         self._has_sink = traits.has_sink
         self._sink_shape = (num_heads_k, group)
-        common = (log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
+        common = (*scales, log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
         self._rest: tuple[Any, ...]
         if traits.is_plain and rows <= _MOST_PLAIN_ROWS:
             self._folded, unfolded = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded

@@ -131,6 +131,20 @@ def check_chosen_cache(name: str, k_cache: Any, q: torch.Tensor, is_fp8_kvcache:
     return "dense"
 
 
+def check_descale(name: str, value: Any, device: torch.device) -> torch.Tensor:
+    """Return what e4m3 elements are multiplied by, (1,) float32; 1 where it is None."""
+    if value is None:
+        return torch.ones(1, dtype=torch.float32, device=device)
+    check_tensor(name, value, 1, "(1,)")
+    if value.dtype is not torch.float32:
+        raise TypeError(f"{name} must be float32, got {describe(value)}")
+    if value.shape[0] != 1:
+        raise ValueError(f"{name} must have one element, shape (1,), got {describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, as q, got {describe(value)}")
+    return value.detach()  # type: ignore[no-any-return]
+
+
 def check_no_mask(causal: Any, window_size: tuple[int, int]) -> None:
     """Check that nothing is masked by position beside indices, which say themselves what a query sees."""
     if causal is not True and causal is not False:

@@ -83,6 +83,8 @@ def check_decode_arguments(
     head_dim_v: Any,
     softmax_scale: Any,
     causal: Any,
+    *,
+    in_bytes: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check everything about a decode call but the schedule and what kernels exist.
 
@@ -90,6 +92,8 @@ def check_decode_arguments(
     ----------
     q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal
         As in ``flash_mla_with_kvcache``; of any type.
+    in_bytes : bool
+        Whether the cache is in a format of bytes, and was checked to be: it has neither q's dtype nor its width.
 
     Returns
     -------
@@ -111,7 +115,7 @@ def check_decode_arguments(
     _, page_block_size, num_heads_k, head_dim_k = k_cache.shape
     device = q.device
 
-    if k_cache.dtype is not q.dtype:
+    if k_cache.dtype is not q.dtype and not in_bytes:
         raise TypeError(f"k_cache must be {q.dtype}, as q, got {describe(k_cache)}")
     if k_cache.device != device:
         raise ValueError(f"k_cache must be on {device}, as q, got {describe(k_cache)}")
@@ -126,7 +130,7 @@ def check_decode_arguments(
         raise ValueError(
             f"q must have num_heads_q that is a positive multiple of num_heads_k = {num_heads_k}, got {describe(q)}"
         )
-    if head_dim_k != head_dim_qk:
+    if head_dim_k != head_dim_qk and not in_bytes:
         raise ValueError(f"k_cache must have head_dim_qk = {head_dim_qk}, as q, got {describe(k_cache)}")
     if block_table.shape[0] != batch_size:
         raise ValueError(f"block_table must have batch_size = {batch_size} rows, got {describe(block_table)}")

@@ -101,7 +101,12 @@ def test_unknown_command():
             [*select_specs(kernels=["mla_decode"]), *BENCHMARK_SPECS],
         ),
         (["--arch", "cpu", "--arch", "sm_90a", "--dtype", "float16"], select_specs(dtypes=["float16"])),
-        (["--head-dim-qk", "576", "--page-block-size", "64", "--arch", "cpu", "--dtype", "bfloat16"], [SPEC]),
+        (
+            ["--head-dim-qk", "576", "--page-block-size", "64", "--arch", "cpu", "--dtype", "bfloat16"],
+            [dataclasses.replace(SPEC, kv_format=kv_format) for kv_format in ("dense", "dense_fp8", "fp8_656")],
+        ),
+        (SPEC.build_options.split(), [SPEC]),
+        (BYTES_584.build_options.split(), [BYTES_584]),
         (
             ["--kv-format", "dense"],
             [spec for spec in SUPPORTED_SPECS if spec.arch in TESTED_ARCHS and spec.kv_format == "dense"],

@@ -347,18 +347,6 @@ def test_metadata_by_position(device, arguments):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("name", "count", "words"),
-    [
-        ("get_mla_metadata_dense_fp8", 3, "no kernel for dense decode of an fp8 cache"),
-        ("flash_mla_with_kvcache_fp8", 7, "no kernel for dense decode of an fp8 cache"),
-    ],
-)
-def test_names_without_kernels(name, count, words):
-    with pytest.raises(NotImplementedError, match=f"{name} .*{words}"):
-        getattr(tilemla, name)(*[None] * count)
-
-
 # Sizes
 
 

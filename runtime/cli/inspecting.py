@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from tilemla.manifest import Manifest, ManifestError, manifest_path, read_manifest, verify_library
-from tilemla.spec import ARCHS, BENCHMARK_SPECS, KERNELS, SUPPORTED_SPECS
+from tilemla.spec import ARCHS, BENCHMARK_SPECS, SUPPORTED_SPECS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_PROGRAMS = [program for programs in KERNELS.values() for program in programs]
+_PROGRAMS = list(dict.fromkeys(program for spec in SUPPORTED_SPECS + BENCHMARK_SPECS for program in spec.programs))
 
 
 class _Kind(NamedTuple):

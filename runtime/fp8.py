@@ -1,0 +1,189 @@
+"""Decode through a block table over fp8 caches: those of 656 bytes a token, and e4m3 with one scale, as vLLM does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from tilemla.interface import decode_checked
+from tilemla.kv_formats import FP8_LAYOUTS
+from tilemla.launch import Kernels, module_of_kind
+from tilemla.options import DEFAULT_OPTIONS, Options, check_attn_sink, check_results
+from tilemla.schedule import FlashMLASchedMeta, get_mla_metadata
+from tilemla.sparse_validate import (
+    check_byte_cache,
+    check_descale,
+    check_one_head,
+    check_queries,
+    pages_of,
+)
+from tilemla.spec import KernelSpec
+from tilemla.validate import check_decode_arguments, describe
+
+# The format of bytes that tokens are read in through a block table.
+_KV_FORMAT = "fp8_656"
+
+
+def decode_bytes(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: Any,
+    tile_scheduler_metadata: Any,
+    num_splits: Any,
+    softmax_scale: Any,
+    causal: Any,
+    attn_sink: Any,
+    out: Any,
+    softmax_lse: Any,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check a call with ``is_fp8_kvcache`` and without ``indices``, and decode.
+
+    Parameters and results are those of ``flash_mla_with_kvcache``; what it raises is raised here.
+    """
+    check_queries(q, 4, "(batch_size, seq_len_q, num_heads_q, head_dim_qk)")
+    check_one_head("k_cache", k_cache, q.device, "q")
+    head_dim_qk = FP8_LAYOUTS[_KV_FORMAT].head_dim
+    if q.shape[3] != head_dim_qk:
+        raise NotImplementedError(
+            f"q must have head dim {head_dim_qk} where is_fp8_kvcache is True and indices are None, got {describe(q)}"
+        )
+    check_byte_cache("k_cache", k_cache, _KV_FORMAT, "is_fp8_kvcache is True")
+    pages_of("k_cache", k_cache)
+    block_table, cache_seqlens = check_decode_arguments(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, in_bytes=True
+    )
+    attn_sink = check_attn_sink(attn_sink, q)
+    check_results(out, softmax_lse, q, head_dim_v)
+    return decode_checked(
+        _kernels_for("flash_mla_with_kvcache", _KV_FORMAT, q, q.dtype, head_dim_v, k_cache.shape[1]),
+        q.detach(),
+        k_cache.detach().view(torch.uint8),
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        attn_sink,
+        out,
+        softmax_lse,
+        options,
+    )
+
+
+def get_mla_metadata_dense_fp8(
+    cache_seqlens: torch.Tensor, num_q_tokens_per_head_k: int, num_heads_k: int
+) -> tuple[Any, Any]:
+    """Plan a call of ``flash_mla_with_kvcache_fp8`` (vLLM's function of that name).
+
+    Parameters
+    ----------
+    cache_seqlens, num_q_tokens_per_head_k, num_heads_k
+        As for ``get_mla_metadata``.
+
+    Returns
+    -------
+    tile_scheduler_metadata, num_splits
+        What ``get_mla_metadata`` returns: a plan does not depend on the format of the cache.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As ``get_mla_metadata``.
+    """
+    return get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+
+
+def flash_mla_with_kvcache_fp8(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor,
+    num_splits: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    descale_q: torch.Tensor | None = None,
+    descale_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to a paged cache of e4m3 with queries in e4m3 (vLLM's function of that name).
+
+    Parameters
+    ----------
+    q : Tensor, (batch_size, seq_len_q, num_heads_q, 576), float8_e4m3fn
+        Queries, with stride 1 in the last dimension.
+    k_cache : Tensor, (num_blocks, 64, num_heads_k, 576), float8_e4m3fn
+        Pages of the cache; strides are free but for the last, which is 1.
+    block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale, causal
+        As for ``flash_mla_with_kvcache``.
+    descale_q, descale_k : Tensor, (1,), float32, optional
+        What the elements of queries and of the cache are to be multiplied by, not negative; 1 by default.
+
+    Returns
+    -------
+    out : Tensor, (batch_size, seq_len_q, num_heads_q, head_dim_v), bfloat16
+        0 for a query that sees no token.
+    softmax_lse : Tensor, (batch_size, num_heads_q, seq_len_q), float32
+        Natural log of the sum of exponentials of the scaled scores; +inf for a query that sees no token.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On an argument that does not fit, naming it, what it must be and what it got.
+    NotImplementedError
+        When there is no kernel for the device, head dim or page size, or it cannot be built (``ModuleNotBuiltError``);
+        where torch.compile traces the call.
+    """
+    if is_dynamo_compiling():
+        raise NotImplementedError(
+            "flash_mla_with_kvcache_fp8 has no operator for torch.compile; leave the call out of the graph with "
+            "torch.compiler.disable"
+        )
+    block_table, cache_seqlens = check_decode_arguments(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal
+    )
+    if q.dtype is not torch.float8_e4m3fn:
+        raise TypeError(f"q must be float8_e4m3fn, got {describe(q)}")
+    scales = (check_descale("descale_q", descale_q, q.device), check_descale("descale_k", descale_k, q.device))
+    return decode_checked(
+        _kernels_for("flash_mla_with_kvcache_fp8", "dense_fp8", q, torch.bfloat16, head_dim_v, k_cache.shape[1]),
+        q.detach().view(torch.uint8),
+        k_cache.detach().view(torch.uint8),
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale,
+        causal,
+        None,
+        None,
+        None,
+        DEFAULT_OPTIONS,
+        out_dtype=torch.bfloat16,
+        scales=scales,
+    )
+
+
+def _kernels_for(
+    caller: str, kv_format: str, q: torch.Tensor, dtype: torch.dtype, head_dim_v: int, page_block_size: int
+) -> Kernels:
+    """The functions of the module for a format, which were opened before where they have been called before."""
+    module = module_of_kind(
+        q.device,
+        caller,
+        kernel="mla_decode",
+        kv_format=kv_format,
+        dtype=dtype,
+        head_dim_qk=q.shape[3],
+        head_dim_v=head_dim_v,
+        page_block_size=page_block_size,
+    )
+    return Kernels.of(KernelSpec.from_dict(module.manifest.spec), module, q.device)
