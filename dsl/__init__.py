@@ -52,16 +52,12 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     if spec.kernel == "mla_sparse_decode":
         from tilemla.dsl.sparse_decode_cpu import make_sparse_decode_program
 
-        programs = {
+        return {
             "get_mla_metadata": make_metadata_program_cpu(),
             "get_batch_invariant_metadata": make_batch_invariant_program_cpu(),
             "mla_sparse_decode": make_sparse_decode_program(spec),
+            **_appending(spec),
         }
-        if "append_kv" in spec.programs:
-            from tilemla.dsl.append import make_append_program_cpu
-
-            programs["append_kv"] = make_append_program_cpu(spec)
-        return programs
     if spec.arch == "cpu":
         from tilemla.dsl.decode_cpu import make_decode_program
 
@@ -86,6 +82,16 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
         "mla_decode_plain": _without_options(decode),
         "merge_states": make_merge_program_cuda(spec),
     }
+
+
+def _appending(spec: KernelSpec) -> dict[str, Program]:
+    """The program that quantises new tokens into a cache of bytes; nothing for other caches."""
+    if "append_kv" not in spec.programs:
+        return {}
+    from tilemla.dsl.append import make_append_program_cpu, make_append_program_cuda
+
+    make = make_append_program_cpu if spec.arch == "cpu" else make_append_program_cuda
+    return {"append_kv": make(spec)}
 
 
 def _without_options(decode: Program) -> Program:

@@ -18,6 +18,9 @@ _E4M3_MAX = 448.0
 _LEAST_SCALE = 1e-4
 _QUIET_NAN = 0x7FC00000
 _INFINITY = 0x7F800000
+_WARP = 32
+_WARPS = 4
+_THREADS = _WARP * _WARPS
 
 
 def scale_bits(largest) -> Any:
@@ -126,3 +129,85 @@ def make_append_program_cpu(spec) -> Program:
                     write_bytes(kcache, page, places.rope(offset) + 2 * d, bits, 2)
 
     return Program(append_kv, {"tl.disable_safe_memory_legalize": True})
+
+
+def make_append_program_cuda(spec) -> Program:
+    """Quantise tokens into a cache, a CTA for each token and a warp for each tile.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+        Of which the dtype and the format of the cache count.
+
+    Returns
+    -------
+    Program
+        As `make_append_program_cpu`, but latent is of the spec's dtype.
+    """
+    layout, places = FP8_LAYOUTS[spec.kv_format], _places(spec)
+    n, num_pages, bytes_per_page = T.dynamic("n, num_pages, bytes_per_page")
+    latent_stride, k_stride_page = T.dynamic("latent_stride, k_stride_page")
+    scale_bytes = 1 if layout.scales_apart else 4
+    per_lane = layout.tile // _WARP
+    rope_per_thread = -(-layout.head_dim_rope // _THREADS)
+
+    @T.prim_func
+    def append_kv(
+        latent: T.StridedTensor((n, layout.head_dim), (latent_stride, 1), spec.dtype),
+        slot_mapping: T.Tensor((n,), "int64"),
+        kcache: T.StridedTensor((num_pages, bytes_per_page), (k_stride_page, 1), "uint8"),
+        page_block_size: T.int32,
+    ):
+        with T.Kernel(n, threads=_THREADS) as token:
+            values = T.alloc_local((per_lane,), "float32")
+            largest = T.alloc_var("int32", init=0)
+            scale = T.alloc_var("uint32", init=T.uint32(0))
+            tx = T.get_thread_binding()
+            warp, lane = tx // _WARP, tx % _WARP
+            slot = slot_mapping[token]
+            if (slot >= 0) & (slot < T.cast(num_pages, "int64") * page_block_size):
+                page = T.cast(T.truncdiv(slot, T.cast(page_block_size, "int64")), "int32")
+                offset = T.cast(T.truncmod(slot, T.cast(page_block_size, "int64")), "int32")
+                for step in T.serial(-(-layout.num_tiles // _WARPS)):
+                    tile = step * _WARPS + warp
+                    if tile < layout.num_tiles:  # all of a warp, or none of it
+                        first = tile * layout.tile + lane * per_lane
+                        largest = 0
+                        for i in T.unroll(per_lane):
+                            values[i] = T.cast(latent[token, first + i], "float32")
+                            # As in C; without its sign a float is a positive int32.
+                            largest = T.max(largest, T.reinterpret(values[i], "int32") & 0x7FFFFFFF)
+                        for i in T.unroll(5):
+                            largest = T.max(largest, T.shfl_xor(largest, 1 << i))
+                        scale = scale_bits(T.reinterpret(largest, "uint32"))
+                        for i in T.unroll(per_lane):
+                            byte = narrow_e4m3(values[i] / T.reinterpret(scale, "float32"))
+                            kcache[page, places.nope(offset) + first + i] = T.cast(byte, "uint8")
+                        if layout.scales_apart:
+                            scale = T.shift_right(scale, T.uint32(23))
+                        if lane < scale_bytes:
+                            place = places.scales(offset, page_block_size) + tile * scale_bytes + lane
+                            kcache[page, place] = T.cast(
+                                T.shift_right(scale, T.cast(8 * lane, "uint32")) & T.uint32(0xFF), "uint8"
+                            )
+                if tx < layout.scale_bytes - layout.num_tiles * scale_bytes:
+                    place = places.scales(offset, page_block_size) + layout.num_tiles * scale_bytes + tx
+                    kcache[page, place] = T.cast(0, "uint8")
+                for step in T.serial(rope_per_thread):
+                    d = step * _THREADS + tx
+                    if d < layout.head_dim_rope:
+                        value = T.cast(latent[token, layout.head_dim_nope + d], "float32")
+                        bits = T.cast(narrow(value, "bfloat16"), "uint32")
+                        kcache[page, places.rope(offset) + 2 * d] = T.cast(bits & T.uint32(0xFF), "uint8")
+                        kcache[page, places.rope(offset) + 2 * d + 1] = T.cast(
+                            T.shift_right(bits, T.uint32(8)) & T.uint32(0xFF), "uint8"
+                        )
+
+    return Program(
+        append_kv,
+        {
+            "tl.disable_thread_storage_sync": True,
+            "tl.disable_warp_specialized": True,
+            "tl.disable_safe_memory_legalize": True,
+        },
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import pytest
 import torch
 
 import tilemla
 from reference import Reference, chosen_reference
 from tilemla.kv_formats import FP8_LAYOUTS
+from tilemla.spec import SUPPORTED_SPECS
 
 HEAD_DIM_V = 512
 
@@ -211,8 +213,16 @@ def num_tokens_of(case: SparseCase) -> list[int]:
     return totals
 
 
+def require_kernel(device: torch.device, kernel: str, kv_format: str) -> None:
+    """Skip a test on a GPU that there is no such kernel for yet."""
+    arch = "sm_90a" if device.type == "cuda" else "cpu"
+    if (arch, kernel, kv_format) not in {(spec.arch, spec.kernel, spec.kv_format) for spec in SUPPORTED_SPECS}:
+        pytest.skip(f"there is no {kernel} of a {kv_format} cache for {arch}")
+
+
 def decode_sparse(case: SparseCase, inputs: SparseInputs, schedule=None, **options):
     """The public call."""
+    require_kernel(inputs.q.device, "mla_sparse_decode", case.kv_format)
     tile_scheduler_metadata, num_splits = schedule or tilemla.get_mla_metadata()
     extra = inputs.extra
     return tilemla.flash_mla_with_kvcache(

@@ -8,18 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tilemla
+from sparse_cases import require_kernel
 from tilemla.kv_formats import FP8_LAYOUTS
 
 FORMATS = sorted(FP8_LAYOUTS)
 
 
-@pytest.fixture(params=["cpu"])
-def device(request):
-    return torch.device(request.param)
-
-
 def empty_cache(kv_format, num_blocks, page_block_size, device, padding=0):
     """Pages of 0xA5, which quantising never leaves as they are."""
+    require_kernel(device, "mla_sparse_decode", kv_format)
     width = FP8_LAYOUTS[kv_format].bytes_per_token
     stride = FP8_LAYOUTS[kv_format].bytes_per_page(page_block_size) + padding
     whole = torch.full((num_blocks * stride,), 0xA5, dtype=torch.uint8, device=device)
@@ -42,7 +39,7 @@ def check(kv_format, latent, slots, num_blocks, page_block_size, padding=0):
     expected = torch.full((num_blocks * page_block_size, FP8_LAYOUTS[kv_format].bytes_per_token), 0xA5)
     for token, slot in zip(latent, slots, strict=True):
         if 0 <= slot < len(expected):
-            page = tilemla.quantize_k_cache(token.view(1, 1, 1, -1), kv_format).view(torch.uint8)
+            page = tilemla.quantize_k_cache(token.view(1, 1, 1, -1).cpu(), kv_format).view(torch.uint8)
             expected[slot] = page.flatten()
     assert torch.equal(slots_of(whole, kv_format, num_blocks, page_block_size).cpu(), expected.to(torch.uint8))
     between = whole.view(num_blocks, -1)[:, page_block_size * FP8_LAYOUTS[kv_format].bytes_per_token :]

@@ -12,16 +12,13 @@ import tilemla
 from cases import Case, make_inputs
 from reference import check_result, decode_reference
 from schedules import spread_schedule
+from sparse_cases import require_kernel
 from strategies import head_counts, lengths_of_request, windows
-
-
-@pytest.fixture(params=["cpu"])
-def device(request):
-    return torch.device(request.param)
 
 
 def quantised(case, device):
     """Inputs with a cache of 656 bytes a token, NaN wherever nothing may be read, and what that cache holds."""
+    require_kernel(device, "mla_decode", "fp8_656")
     inputs = make_inputs(case).to(device)
     k_cache = tilemla.quantize_k_cache(inputs.k_cache, "fp8_656")
     # A slot that is not used has no scale and no rope either: bytes of NaN.
@@ -144,6 +141,7 @@ def test_refusals_of_bytes(name):
 
 def e4m3(case, device, descale_q, descale_k):
     """Inputs in e4m3, and what they stand for: queries and cache in float32."""
+    require_kernel(device, "mla_decode", "dense_fp8")
     inputs = make_inputs(case).to(device)
     q = (inputs.q.float() / descale_q).clamp(-448, 448).to(torch.float8_e4m3fn)
     # Rounded on the way, values that were too large for the dtype would become NaN.

@@ -10,6 +10,7 @@ from tilemla.codegen.build import build_module, build_programs
 from tilemla.codegen.errors import BuildError
 from tilemla.codegen.lower import lower_program
 from tilemla.dsl import make_programs
+from tilemla.dsl.append import make_append_program_cuda
 from tilemla.errors import ToolchainError
 from tilemla.spec import BENCHMARK_SPECS, SUPPORTED_SPECS, KernelSpec, select_specs
 from tilemla.toolchain import find_cuda_toolkit
@@ -123,6 +124,18 @@ def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
     module = tvm_ffi.load_module(str(entry.library))
     for program in ("get_mla_metadata", "mla_decode"):
         assert module.get_function(program) is not None
+
+
+@pytest.mark.parametrize(("kv_format", "head_dim_qk"), [("fp8_656", 576), ("fp8_584", 512)])
+def test_appending_is_a_warp_for_a_tile(kv_format, head_dim_qk, tmp_path):
+    spec = KernelSpec(kv_format=kv_format, head_dim_qk=head_dim_qk, page_block_size=0, kernel="mla_sparse_decode")
+    programs = {"append_kv": make_append_program_cuda(spec)}
+    entry = build_programs("append", programs, "sm_90a", tmp_path, dtype="bfloat16")
+    [kernel] = entry.manifest.kernels
+    assert (kernel.threads, kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (128, 0, 0, 0)
+    ptx = text_of(entry, "append_kv.ptx")
+    check_ptx(ptx)
+    assert len(re.findall(r"shfl\.sync\.bfly", ptx)) == 5 and "bar.sync" not in ptx
 
 
 @pytest.mark.parametrize("spec", BENCHMARK_SPECS, ids=lambda spec: spec.name)

@@ -20,13 +20,7 @@ FORMATS = {
     "dense": dict(kv_format="dense", head_dim_qk=576),
     "dense fp16": dict(kv_format="dense", head_dim_qk=512, dtype=torch.float16),
 }
-# On a GPU other formats have no kernels yet.
 by_format = pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
-
-
-@pytest.fixture(params=["cpu"])
-def device(request):
-    return torch.device(request.param)
 
 
 def check(case, device, schedule=None, **options):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tilemla
 from reference import check_result, chosen_reference
-from sparse_cases import random_indices
+from sparse_cases import random_indices, require_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,6 @@ class Prefill:
         return ",".join(changed) or "default"
 
 
-@pytest.fixture(params=["cpu"])
-def device(request):
-    return torch.device(request.param)
-
-
 def strided(tensor, padding):
     """The same values, rows apart."""
     whole = torch.full((*tensor.shape[:-1], tensor.shape[-1] + padding), 77, dtype=tensor.dtype, device=tensor.device)
@@ -51,6 +46,7 @@ def strided(tensor, padding):
 
 def make(case, device):
     """q, kv, indices, sink, lengths; tokens that no index names are NaN."""
+    require_kernel(device, "mla_sparse_prefill", "dense")
     generator = torch.Generator().manual_seed(case.seed)
     q = (torch.randn((case.seq_len_q, case.num_heads_q, case.head_dim_qk), generator=generator) * case.std).to(
         case.dtype
@@ -69,8 +65,8 @@ def make(case, device):
     if case.has_sink:
         sink = 2 * torch.randn(case.num_heads_q, generator=generator) + 3
         sink[:2] = torch.tensor([math.inf, -math.inf])[: case.num_heads_q]
-    tensors = (strided(each, case.padding) for each in (q, kv, indices))
-    return tuple(each if each is None else each.to(device) for each in (*tensors, sink, lengths))
+    tensors = (strided(each.to(device), case.padding) for each in (q, kv, indices))
+    return (*tensors, *(each if each is None else each.to(device) for each in (sink, lengths)))
 
 
 def check(case, device):
@@ -121,6 +117,7 @@ def test_any(case):
 
 def test_the_largest_score_is_that_and_not_a_bound(device):
     """Scores that rise by less than the running maximum follows: it stays behind, the largest score may not."""
+    require_kernel(device, "mla_sparse_prefill", "dense")
     q = torch.zeros((1, 1, 576), dtype=torch.bfloat16, device=device)
     q[..., 0] = 1.0
     kv = torch.zeros((200, 1, 576), dtype=torch.bfloat16, device=device)
