@@ -6,7 +6,9 @@ import contextlib
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
+from tilemla import sparse_operators  # noqa: F401  # torch.ops.tilemla
 from tilemla.kv_formats import FP8_LAYOUTS
 from tilemla.launch import module_of_kind
 from tilemla.sparse_validate import FP8_FORMATS, check_byte_cache, check_one_head, pages_of
@@ -37,6 +39,9 @@ def append_k_cache(latent: torch.Tensor, k_cache: torch.Tensor, slot_mapping: to
     NotImplementedError
         When there is no kernel for the device or dtype, or it cannot be built (``ModuleNotBuiltError``).
     """
+    if is_dynamo_compiling():
+        torch.ops.tilemla.append_k_cache(latent, k_cache, slot_mapping)
+        return
     check_tensor("latent", latent, 2, "(num_tokens, head_dim)")
     num_tokens, head_dim = latent.shape
     if head_dim not in FP8_FORMATS:

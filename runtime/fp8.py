@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from tilemla.interface import decode_checked
 from tilemla.kv_formats import FP8_LAYOUTS
-from tilemla.launch import Kernels, module_of_kind
+from tilemla.launch import kernels_for
 from tilemla.options import DEFAULT_OPTIONS, Options, check_attn_sink, check_results
 from tilemla.schedule import FlashMLASchedMeta, get_mla_metadata
 from tilemla.sparse_validate import (
@@ -19,7 +19,6 @@ from tilemla.sparse_validate import (
     check_queries,
     pages_of,
 )
-from tilemla.spec import KernelSpec
 from tilemla.validate import check_decode_arguments, describe
 
 # The format of bytes that tokens are read in through a block table.
@@ -60,7 +59,7 @@ def decode_bytes(
     attn_sink = check_attn_sink(attn_sink, q)
     check_results(out, softmax_lse, q, head_dim_v)
     return decode_checked(
-        _kernels_for("flash_mla_with_kvcache", _KV_FORMAT, q, q.dtype, head_dim_v, k_cache.shape[1]),
+        kernels_for(q.device, q.dtype, head_dim_qk, head_dim_v, k_cache.shape[1], _KV_FORMAT),
         q.detach(),
         k_cache.detach().view(torch.uint8),
         block_table,
@@ -153,7 +152,7 @@ def flash_mla_with_kvcache_fp8(
         raise TypeError(f"q must be float8_e4m3fn, got {describe(q)}")
     scales = (check_descale("descale_q", descale_q, q.device), check_descale("descale_k", descale_k, q.device))
     return decode_checked(
-        _kernels_for("flash_mla_with_kvcache_fp8", "dense_fp8", q, torch.bfloat16, head_dim_v, k_cache.shape[1]),
+        kernels_for(q.device, torch.bfloat16, q.shape[3], head_dim_v, k_cache.shape[1], "dense_fp8"),
         q.detach().view(torch.uint8),
         k_cache.detach().view(torch.uint8),
         block_table,
@@ -170,20 +169,3 @@ def flash_mla_with_kvcache_fp8(
         out_dtype=torch.bfloat16,
         scales=scales,
     )
-
-
-def _kernels_for(
-    caller: str, kv_format: str, q: torch.Tensor, dtype: torch.dtype, head_dim_v: int, page_block_size: int
-) -> Kernels:
-    """The functions of the module for a format, which were opened before where they have been called before."""
-    module = module_of_kind(
-        q.device,
-        caller,
-        kernel="mla_decode",
-        kv_format=kv_format,
-        dtype=dtype,
-        head_dim_qk=q.shape[3],
-        head_dim_v=head_dim_v,
-        page_block_size=page_block_size,
-    )
-    return Kernels.of(KernelSpec.from_dict(module.manifest.spec), module, q.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from tilemla import operators
+from tilemla import operators, sparse_operators  # noqa: F401  # torch.ops.tilemla
 from tilemla.given import Given, find_schedule, recall_num_splits
 from tilemla.launch import Kernels, kernels_for
 from tilemla.options import (
@@ -133,7 +133,7 @@ def flash_mla_with_kvcache(
         On an argument that does not fit, naming it, what it must be and what it got.
     NotImplementedError
         When there is no kernel for the device, dtype, head dim, page size or cache format, or it cannot be built
-        (``ModuleNotBuiltError``); for sparse and fp8 caches where torch.compile traces the call.
+        (``ModuleNotBuiltError``); for an fp8 cache without ``indices`` where torch.compile traces the call.
     """
     if is_dynamo_compiling():
         return operators.decode_in_graph(

@@ -33,9 +33,9 @@ class Kernels(NamedTuple):
         return cls(spec, num_sms_of(device), *(module.functions[name] for name in cls._fields[2:]))
 
 
-_kernels: dict[tuple[torch.device, torch.dtype, int, int, int], Kernels] = {}
+_kernels: dict[tuple[torch.device, torch.dtype, int, int, int, str], Kernels] = {}
 _modules: dict[tuple[torch.device, str, torch.dtype | None], LoadedModule] = {}
-_of_kind: dict[tuple[torch.device, str, str, torch.dtype, int, int, int], LoadedModule] = {}
+_of_kind: dict[tuple[torch.device, str, str, torch.dtype, int, int], LoadedModule] = {}
 _num_sms: dict[torch.device, int] = {}
 
 
@@ -71,16 +71,21 @@ def _refuse_capture(device: torch.device, what: str) -> None:
 
 
 def kernels_for(
-    device: torch.device, dtype: torch.dtype, head_dim_qk: int, head_dim_v: int, page_block_size: int
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_v: int,
+    page_block_size: int,
+    kv_format: str = "dense",
 ) -> Kernels:
-    """Select, load and remember the kernels for a kind of call.
+    """Select, load and remember the kernels for a kind of call through a block table.
 
     Raises
     ------
     NotImplementedError
         When no kernel serves it, or its module is not built and cannot be.
     """
-    key = (device, dtype, head_dim_qk, head_dim_v, page_block_size)
+    key = (device, dtype, head_dim_qk, head_dim_v, page_block_size, kv_format)
     kernels = _kernels.get(key)
     if kernels is None:
         spec = select_spec(
@@ -90,6 +95,7 @@ def kernels_for(
             head_dim_qk=head_dim_qk,
             head_dim_v=head_dim_v,
             page_block_size=page_block_size,
+            kv_format=kv_format,
         )
         _refuse_capture(device, "flash_mla_with_kvcache")
         if spec.arch not in TESTED_ARCHS:
@@ -109,16 +115,15 @@ def module_of_kind(
     dtype: torch.dtype,
     head_dim_qk: int,
     head_dim_v: int,
-    page_block_size: int = 0,
 ) -> LoadedModule:
-    """Select, load and remember the module for a kind of call that is not dense decode.
+    """Select, load and remember the module for a kind of call whose tokens are named by index.
 
     Raises
     ------
     NotImplementedError
         When no kernel serves it, or its module is not built and cannot be.
     """
-    key = (device, kernel, kv_format, dtype, head_dim_qk, head_dim_v, page_block_size)
+    key = (device, kernel, kv_format, dtype, head_dim_qk, head_dim_v)
     module = _of_kind.get(key)
     if module is None:
         spec = select_spec(
@@ -127,7 +132,7 @@ def module_of_kind(
             dtype=str(dtype).removeprefix("torch."),
             head_dim_qk=head_dim_qk,
             head_dim_v=head_dim_v,
-            page_block_size=page_block_size,
+            page_block_size=0,
             kernel=kernel,
             kv_format=kv_format,
         )

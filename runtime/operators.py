@@ -18,40 +18,38 @@ _DECODE_ARGUMENTS = (
     "Tensor? tile_scheduler_metadata, Tensor? num_splits, float? softmax_scale, bool causal, Tensor? attn_sink, "
     "int window_left, int window_right, str lse_base, bool batch_invariant"
 )
-_library: Any = torch.library.Library("tilemla", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
+library: Any = torch.library.Library("tilemla", "DEF")  # type: ignore[no-untyped-call]
+library.define(
     "get_mla_metadata(Tensor cache_seqlens, int num_q_tokens_per_head_k, int num_heads_k, int seq_len_q=1, "
     "int window_left=-1) -> (Tensor, Tensor)"
 )
-_library.define(f"flash_mla_with_kvcache({_DECODE_ARGUMENTS}) -> (Tensor, Tensor)")
-_library.define(f"flash_mla_with_kvcache_out({_DECODE_ARGUMENTS}, Tensor(a!) out, Tensor(b!) softmax_lse) -> ()")
-_library.define(
-    "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str lse_base) -> (Tensor, Tensor)"
-)
+library.define(f"flash_mla_with_kvcache({_DECODE_ARGUMENTS}) -> (Tensor, Tensor)")
+library.define(f"flash_mla_with_kvcache_out({_DECODE_ARGUMENTS}, Tensor(a!) out, Tensor(b!) softmax_lse) -> ()")
+library.define("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str lse_base) -> (Tensor, Tensor)")
 
 
-def _implement(name: str) -> Callable[[_Function], _Function]:
+def implement(name: str) -> Callable[[_Function], _Function]:
     """Register a function as an operator of that name on the devices that there are kernels for."""
 
     def register(function: _Function) -> _Function:
         for key in ("CPU", "CUDA"):
-            _library.impl(name, function, key)
+            library.impl(name, function, key)
         return function
 
     return register
 
 
-def _fake(name: str) -> Callable[[_Function], _Function]:
+def fake(name: str) -> Callable[[_Function], _Function]:
     """Register a function as what an operator of that name makes of tensors without values."""
 
     def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"tilemla::{name}", function, lib=_library)
+        torch.library.register_fake(f"tilemla::{name}", function, lib=library)
         return function
 
     return register
 
 
-@_implement("get_mla_metadata")
+@implement("get_mla_metadata")
 def _get_mla_metadata(
     cache_seqlens: torch.Tensor,
     num_q_tokens_per_head_k: int,
@@ -73,7 +71,7 @@ def _get_mla_metadata(
     )
 
 
-@_fake("get_mla_metadata")
+@fake("get_mla_metadata")
 def _fake_get_mla_metadata(
     cache_seqlens: torch.Tensor,
     num_q_tokens_per_head_k: int,
@@ -131,17 +129,17 @@ def _decode(
     )
 
 
-@_implement("flash_mla_with_kvcache")
+@implement("flash_mla_with_kvcache")
 def _flash_mla_with_kvcache(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _decode(*arguments)
 
 
-@_implement("flash_mla_with_kvcache_out")
+@implement("flash_mla_with_kvcache_out")
 def _flash_mla_with_kvcache_out(*arguments: Any) -> None:
     _decode(*arguments)
 
 
-@_fake("flash_mla_with_kvcache")
+@fake("flash_mla_with_kvcache")
 def _fake_flash_mla_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -150,22 +148,22 @@ def _fake_flash_mla_with_kvcache(
     head_dim_v: int,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_results(q, head_dim_v)
+    return empty_results(q, head_dim_v)
 
 
-def _empty_results(q: torch.Tensor, head_dim_v: int) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_results(q: torch.Tensor, head_dim_v: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tensors for ``out`` and ``softmax_lse`` as an eager call makes them."""
     batch_size, seq_len_q, num_heads_q, _ = q.shape
     softmax_lse = q.new_empty((batch_size, seq_len_q, num_heads_q), dtype=torch.float32)
     return q.new_empty((batch_size, seq_len_q, num_heads_q, head_dim_v)), softmax_lse.transpose(1, 2)
 
 
-@_fake("flash_mla_with_kvcache_out")
+@fake("flash_mla_with_kvcache_out")
 def _fake_flash_mla_with_kvcache_out(*arguments: Any) -> None:
     return None
 
 
-@_implement("merge_states")
+@implement("merge_states")
 def _merge_states(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, lse_base: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +172,7 @@ def _merge_states(
     return merge_states(out_a, lse_a, out_b, lse_b, lse_base=lse_base)
 
 
-@_fake("merge_states")
+@fake("merge_states")
 def _fake_merge_states(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, lse_base: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,11 +202,30 @@ def decode_in_graph(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``flash_mla_with_kvcache`` is where torch.compile traces it; the arguments are checked when it runs.
 
-    ``formats`` are those of caches that have no kernels.
+    ``formats`` are ``is_fp8_kvcache`` or None, and the arguments of calls with indices.
     """
     from tilemla.options import kernel_window, refuse_formats
     from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig
 
+    if formats[1] is not None:  # indices
+        from tilemla.sparse_operators import decode_chosen_in_graph
+
+        return decode_chosen_in_graph(
+            q,
+            k_cache,
+            head_dim_v,
+            tile_scheduler_metadata,
+            num_splits,
+            softmax_scale,
+            causal,
+            attn_sink,
+            formats,
+            out=out,
+            softmax_lse=softmax_lse,
+            window_size=window_size,
+            lse_base=lse_base,
+            batch_invariant=batch_invariant,
+        )
     refuse_formats(*formats)
     if batch_invariant:
         tile_scheduler_metadata = num_splits = None
@@ -246,7 +263,7 @@ def decode_in_graph(
     if out is None and softmax_lse is None:
         result: tuple[torch.Tensor, torch.Tensor] = torch.ops.tilemla.flash_mla_with_kvcache(*arguments)
         return result
-    new_out, new_lse = _empty_results(q, head_dim_v)
+    new_out, new_lse = empty_results(q, head_dim_v)
     out = new_out if out is None else out
     softmax_lse = new_lse if softmax_lse is None else softmax_lse
     torch.ops.tilemla.flash_mla_with_kvcache_out(*arguments, out, softmax_lse)

@@ -167,6 +167,6 @@ def refuse_formats(*arguments: Any) -> None:
     names = ", ".join(name for name, value in zip(_FORMATS, arguments, strict=True) if value is not None)
     if names:
         raise NotImplementedError(
-            f"{names} must be left at the default where torch.compile traces the call: there is no operator for sparse "
-            "and fp8 caches; leave the call out of the graph with torch.compiler.disable"
+            f"{names} must be left at the default where torch.compile traces a call without indices: there is no "
+            "operator for that; leave the call out of the graph with torch.compiler.disable"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from tilemla import sparse_operators  # noqa: F401  # torch.ops.tilemla
 from tilemla.launch import module_of_kind
 from tilemla.options import check_attn_sink
 from tilemla.plan import log2_scale
@@ -69,14 +70,11 @@ def flash_mla_sparse_fwd(
     TypeError, ValueError
         On an argument that does not fit, naming it, what it must be and what it got.
     NotImplementedError
-        When there is no kernel for the device, dtype or head dim, or it cannot be built (``ModuleNotBuiltError``);
-        where torch.compile traces the call.
+        When there is no kernel for the device, dtype or head dim, or it cannot be built (``ModuleNotBuiltError``).
     """
     if is_dynamo_compiling():
-        raise NotImplementedError(
-            "flash_mla_sparse_fwd has no operator for torch.compile; leave the call out of the graph with "
-            "torch.compiler.disable"
-        )
+        arguments = (q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+        return torch.ops.tilemla.flash_mla_sparse_fwd(*arguments)  # type: ignore[no-any-return]
     check_queries(q, 3, "(seq_len_q, num_heads_q, head_dim_qk)")
     seq_len_q, num_heads_q, head_dim_qk = q.shape
     _check_kv(kv, q)

@@ -66,6 +66,30 @@ class SparseScheduleConfig(NamedTuple):
     extra_topk: int | None
     device: torch.device
 
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        kv_format: str,
+        indices: torch.Tensor,
+        extra_k_cache: torch.Tensor | None,
+        extra_indices: torch.Tensor | None,
+    ) -> SparseScheduleConfig:
+        """That of a call whose tensors have their dimensions."""
+        batch_size, seq_len_q, num_heads_q, _ = q.shape
+        return cls(
+            batch_size,
+            seq_len_q,
+            num_heads_q,
+            k_cache.shape[1],
+            kv_format,
+            indices.shape[2],
+            None if extra_k_cache is None else extra_k_cache.shape[1],
+            None if extra_indices is None else extra_indices.shape[2],
+            q.device,
+        )
+
     @property
     def num_heads_k(self) -> int:
         """What a schedule takes for KV heads: queries, for each reads tokens of its own choice."""

@@ -24,7 +24,6 @@ from tilemla.sparse_validate import (
     check_softmax_scale,
     pages_of,
 )
-from tilemla.spec import KernelSpec
 from tilemla.streams import is_capturing
 from tilemla.validate import SCHEDULING_BLOCK, check_cpu_schedule
 from tilemla.workspace import Scratch
@@ -60,12 +59,25 @@ class Chosen(NamedTuple):
             k_cache, length = k_cache.new_zeros((1, *k_cache.shape[1:])), constant(self.indices.device, batch_size, 0)
         return k_cache, self.indices, constant(self.indices.device, batch_size, topk) if length is None else length
 
-    def count_blocks(self) -> torch.Tensor:
-        """Blocks of 64 indices of each request, (batch_size,) int32 on the device."""
-        batch_size, _, topk = self.indices.shape
-        if self.topk_length is None:
-            return constant(self.indices.device, batch_size, _blocks_of(topk))
-        return (self.topk_length.clamp(0, topk) + (SCHEDULING_BLOCK - 1)) // SCHEDULING_BLOCK
+
+def count_tokens(
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    extra_indices: torch.Tensor | None,
+    extra_topk_length: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a schedule takes for the lengths of the requests, (batch_size,) int32: 64 for each block of either list."""
+    blocks = _count_blocks(indices, topk_length)
+    if extra_indices is not None:
+        blocks = blocks + _count_blocks(extra_indices, extra_topk_length)
+    return blocks * SCHEDULING_BLOCK
+
+
+def _count_blocks(indices: torch.Tensor, topk_length: torch.Tensor | None) -> torch.Tensor:
+    batch_size, _, topk = indices.shape
+    if topk_length is None:
+        return constant(indices.device, batch_size, _blocks_of(topk))
+    return (topk_length.clamp(0, topk) + (SCHEDULING_BLOCK - 1)) // SCHEDULING_BLOCK
 
 
 def constant(device: torch.device, count: int, value: int) -> torch.Tensor:
@@ -125,17 +137,7 @@ def decode_chosen(
         head_dim_qk=head_dim_qk,
         head_dim_v=head_dim_v,
     )
-    config = SparseScheduleConfig(
-        batch_size,
-        seq_len_q,
-        num_heads_q,
-        chosen.page_block_size,
-        kv_format,
-        chosen.indices.shape[2],
-        None if extra is None else extra.page_block_size,
-        None if extra is None else extra.indices.shape[2],
-        device,
-    )
+    config = SparseScheduleConfig.of(q, k_cache, kv_format, indices, extra_k_cache, extra_indices)
     metadata, splits = _find_schedule(
         tile_scheduler_metadata, num_splits, chosen, extra, config, by_length=options.batch_invariant
     )
@@ -185,8 +187,7 @@ def _run(
     num_sm_parts = metadata.shape[0]
     # What one part does alone is not split, however many queries there are.
     max_num_splits = batch_size + num_sm_parts if num_sm_parts > 1 else 0
-    spec = KernelSpec.from_dict(module.manifest.spec)
-    workspace = Scratch(spec, device, max_num_splits, seq_len_q, num_heads_q, out.shape[3]).take()
+    workspace = Scratch(module.library, device, max_num_splits, seq_len_q, num_heads_q, out.shape[3]).take()
     cache, indices, length = chosen.kernel_arguments()
     # Without a second cache its list is that of the first, of which nothing counts.
     second = (cache, indices, constant(device, batch_size, 0)) if extra is None else extra.kernel_arguments()
@@ -245,10 +246,8 @@ def _find_schedule(
     """The schedule of a call, made where it is not there yet: that of sequences of 64 tokens for each block."""
 
     def lengths() -> torch.Tensor:
-        blocks = chosen.count_blocks()
-        if extra is not None:
-            blocks = blocks + extra.count_blocks()
-        return blocks * SCHEDULING_BLOCK
+        second = (None, None) if extra is None else (extra.indices, extra.topk_length)
+        return count_tokens(chosen.indices, chosen.topk_length, *second)
 
     most = (_blocks_of(config.topk) + _blocks_of(config.extra_topk or 0)) * SCHEDULING_BLOCK
     if not by_length:

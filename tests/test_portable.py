@@ -102,7 +102,7 @@ def on_sm90(request, tmp_path_factory):
 def test_text_on_hopper(on_sm90, case, num_sm_parts, monkeypatch):
     device, spec = torch.device("cuda", 0), on_sm90.spec
     case = dataclasses.replace(case, page_block_size=spec.page_block_size, head_dim_qk=spec.head_dim_qk)
-    key = (device, case.dtype, spec.head_dim_qk, spec.head_dim_v, spec.page_block_size)
+    key = (device, case.dtype, spec.head_dim_qk, spec.head_dim_v, spec.page_block_size, "dense")
     monkeypatch.setitem(launch._kernels, key, on_sm90)
     inputs = make_inputs(case).to(device)
     options = dict(causal=case.causal, window=case.window)

@@ -146,30 +146,41 @@ def test_sinks_without_end(device, form, value):
         assert not out.any() and without.any()
 
 
-@pytest.mark.parametrize("kv_format", ["fp8_656", "fp8_584"])
-@pytest.mark.parametrize("scale", [0.0, 2.0**-126, 2.0**-20, 2.0**10, 1.5, -2.0, math.inf, math.nan])
+POWERS = (2.0**-126, 2.0**-20, 2.0**10)
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "scale"),
+    [
+        *(("fp8_656", scale) for scale in (0.0, *POWERS, 2.0**60, 1.5, -2.0, math.inf, math.nan)),
+        # e8m0: powers of two alone, from 2**-127 on.
+        *(("fp8_584", scale) for scale in (2.0**-127, *POWERS, 2.0**60, math.nan)),
+    ],
+)
 def test_scales(device, kv_format, scale):
-    """A tile's scale is used as it is: e8m0 has powers of two alone, its least is 2**-127."""
+    """The scale of a tile is used as it is."""
     case = SparseCase(num_heads_q=3, main=List(5, 1, 6), invalid=0.0, q_std=2.0**-10, **FORMATS[kv_format])
     inputs = make_sparse_inputs(case).to(device)
     raw = inputs.main.k_cache.view(torch.uint8)
     if kv_format == "fp8_656":
-        raw[..., 516:520] = torch.tensor([scale]).view(torch.uint8)
         tile = slice(128, 256)
+        raw[..., 516:520] = torch.tensor([scale]).view(torch.uint8).to(device)
     else:
-        if not (math.isnan(scale) or scale in (0.0, 2.0**-126, 2.0**-20, 2.0**10)):
-            pytest.skip("e8m0 has no such value")
-        byte = 255 if math.isnan(scale) else int(math.log2(scale)) + 127 if scale else 0
-        raw.as_strided((6,), (8,), 6 * 576 + 1).fill_(byte)
         tile = slice(64, 128)
+        raw.as_strided((6,), (8,), 6 * 576 + 1).fill_(255 if math.isnan(scale) else int(math.log2(scale)) + 127)
+    if not math.isfinite(scale):
+        # What is scaled is above 0, and what it is multiplied by below: infinity would leave the others' sum.
+        raw.as_strided((6, 64), (656 if kv_format == "fp8_656" else 576, 1), tile.start).fill_(0x38)
+        inputs.q.fill_(-1)
     inputs.main.tokens = tilemla.dequantize_k_cache(inputs.main.k_cache, kv_format, torch.float32).flatten(0, 2)
     out, lse = decode_sparse(case, inputs)
     if math.isfinite(scale):
         check_result(out, lse, sparse_reference(case, inputs))
         if scale == 0.0:
-            assert bool((out[..., tile].abs() < 1e-30).all())
+            assert bool((out[..., tile] == 0).all())
     else:
         assert torch.isnan(out[..., tile]).all()
+        assert math.isinf(scale) or torch.isnan(lse).all()
 
 
 @pytest.mark.parametrize("kv_format", ["fp8_656", "fp8_584"])
