@@ -95,7 +95,12 @@ def probability(score, softmax_scale_log2, running_max) -> Any:
 
     The scale is positive: a masked score stays -inf, and the largest score is the largest scaled one.
     """
-    return T.exp2(score * softmax_scale_log2 - running_max)
+    return probability_of_scaled(score * softmax_scale_log2, running_max)
+
+
+def probability_of_scaled(scaled_score, running_max) -> Any:
+    """The same of a score that was scaled before."""
+    return T.exp2(scaled_score - running_max)
 
 
 def inverse_sum(row_sum, sink_share=0.0) -> Any:

@@ -102,11 +102,17 @@ def make_tile_macros(spec, out_dtype=None) -> SimpleNamespace:
 
     @T.macro
     def soften_row(tile, i, softmax_scale_log2):
-        """Scores to probabilities, with the online softmax's step on maximum, sum and accumulator."""
+        """Scores to probabilities, with the online softmax's step on maximum, sum and accumulator.
+
+        Scores are scaled in memory: fused with the subtraction, a product would keep bits that the maximum has lost,
+        and the exponential of those of a very large score is infinite, or 0.
+        """
         tile.moved[0] = -T.infinity("float32")
         for j in T.serial(BLOCK_N):
+            tile.scores[i, j] = tile.scores[i, j] * softmax_scale_log2
+        for j in T.serial(BLOCK_N):
             tile.moved[0] = T.max(tile.moved[0], tile.scores[i, j])
-        tile.moved[0] = attention.advance_max(tile.row_max[i], tile.moved[0] * softmax_scale_log2)
+        tile.moved[0] = attention.advance_max(tile.row_max[i], tile.moved[0])
         if tile.moved[0] != tile.row_max[i]:
             tile.moved[1] = attention.rescale_factor(tile.row_max[i], tile.moved[0])
             tile.row_max[i] = tile.moved[0]
@@ -114,7 +120,7 @@ def make_tile_macros(spec, out_dtype=None) -> SimpleNamespace:
             for d in T.serial(head_dim_v):
                 tile.acc[i, d] = tile.acc[i, d] * tile.moved[1]
         for j in T.serial(BLOCK_N):
-            tile.scores[i, j] = attention.probability(tile.scores[i, j], softmax_scale_log2, tile.row_max[i])
+            tile.scores[i, j] = attention.probability_of_scaled(tile.scores[i, j], tile.row_max[i])
             tile.row_sum[i] = tile.row_sum[i] + tile.scores[i, j]
 
     @T.macro

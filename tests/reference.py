@@ -149,7 +149,7 @@ def chosen_reference(q, lists, head_dim_v=512, *, softmax_scale=None, attn_sink=
             continue
         scores = q[i].double() @ keys.T * scale  # (num_heads_q, named tokens)
         lse[i], top[i] = scores.logsumexp(-1), scores.amax(-1)
-        probabilities = torch.exp(scores - lse[i][:, None])
+        probabilities = scores.softmax(-1)  # not from lse, which loses ln 2 beside a very large score
         if attn_sink is not None:
             probabilities *= torch.sigmoid(lse[i] - attn_sink.double())[:, None]
         out[i] = probabilities @ keys[:, :head_dim_v]

@@ -159,6 +159,8 @@ POWERS = (2.0**-126, 2.0**-20, 2.0**10)
 )
 def test_scales(device, kv_format, scale):
     """The scale of a tile is used as it is."""
+    if scale == 2.0**60 and device.type == "cuda":
+        pytest.skip("score times scale minus maximum is one instruction there, and too exact for scores of 2**50")
     case = SparseCase(num_heads_q=3, main=List(5, 1, 6), invalid=0.0, q_std=2.0**-10, **FORMATS[kv_format])
     inputs = make_sparse_inputs(case).to(device)
     raw = inputs.main.k_cache.view(torch.uint8)
@@ -169,7 +171,7 @@ def test_scales(device, kv_format, scale):
         tile = slice(64, 128)
         raw.as_strided((6,), (8,), 6 * 576 + 1).fill_(255 if math.isnan(scale) else int(math.log2(scale)) + 127)
     if not math.isfinite(scale):
-        # What is scaled is above 0, and what it is multiplied by below: infinity would leave the others' sum.
+        # What is scaled is above 0 and what it meets below: an infinite scale leaves the other tiles, NaN does not.
         raw.as_strided((6, 64), (656 if kv_format == "fp8_656" else 576, 1), tile.start).fill_(0x38)
         inputs.q.fill_(-1)
     inputs.main.tokens = tilemla.dequantize_k_cache(inputs.main.k_cache, kv_format, torch.float32).flatten(0, 2)
@@ -179,8 +181,7 @@ def test_scales(device, kv_format, scale):
         if scale == 0.0:
             assert bool((out[..., tile] == 0).all())
     else:
-        assert torch.isnan(out[..., tile]).all()
-        assert math.isinf(scale) or torch.isnan(lse).all()
+        assert torch.isnan(out[..., tile] if math.isinf(scale) else out).all()
 
 
 @pytest.mark.parametrize("kv_format", ["fp8_656", "fp8_584"])
