@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tilemla.kv_formats import FP8_LAYOUTS
 from tilemla.launch import module_of_kind
 from tilemla.sparse_validate import FP8_FORMATS, check_byte_cache, check_one_head, pages_of
 from tilemla.spec import HEAD_DIMS
+from tilemla.streams import on_device
 from tilemla.validate import check_tensor, describe
 
 _HEAD_DIMS_V = dict(HEAD_DIMS)
@@ -67,7 +67,7 @@ def append_k_cache(latent: torch.Tensor, k_cache: torch.Tensor, slot_mapping: to
     if not num_tokens or not k_cache.shape[0]:
         return
     pages = pages_of("k_cache", k_cache.detach())
-    with torch.cuda.device(latent.device) if latent.device.type == "cuda" else contextlib.nullcontext():
+    with on_device(latent.device):
         module.functions["append_kv"](latent.detach(), slot_mapping, pages, k_cache.shape[1])
 
 

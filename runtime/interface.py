@@ -23,8 +23,8 @@ from tilemla.options import (
 from tilemla.plan import DecodePlan, remember
 from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, get_mla_metadata, make_batch_invariant_schedule
 from tilemla.sparse import decode_chosen
-from tilemla.sparse_validate import check_fp8_flag, check_no_indices
-from tilemla.validate import check_cpu_pages, check_cpu_schedule, check_decode_arguments, check_tma_layout
+from tilemla.sparse_validate import check_no_indices
+from tilemla.validate import check_bool, check_cpu_pages, check_cpu_schedule, check_decode_arguments, check_tma_layout
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -179,7 +179,7 @@ def flash_mla_with_kvcache(
         options = check_options(
             window_size=window_size, lse_base=lse_base, attn_sink=attn_sink, batch_invariant=batch_invariant
         )
-        check_fp8_flag(is_fp8_kvcache)
+        check_bool("is_fp8_kvcache", is_fp8_kvcache)
         if indices is not None:
             return decode_chosen(
                 q,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tilemla.validate import check_lse_base, check_tensor, describe
+from tilemla.validate import check_bool, check_lse_base, check_tensor, describe
 
 WindowSize = tuple[int, int]
 # What `window_size` is when it is left out.
@@ -72,8 +72,7 @@ def check_options(*, window_size: Any, lse_base: Any, attn_sink: Any, batch_inva
     TypeError, ValueError
         On an option that does not fit, naming it, what it must be and what it got.
     """
-    if batch_invariant is not True and batch_invariant is not False:
-        raise TypeError(f"batch_invariant must be a bool, got {describe(batch_invariant)}")
+    check_bool("batch_invariant", batch_invariant)
     return Options(_check_window(window_size), check_lse_base(lse_base), attn_sink is not None, batch_invariant)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from tilemla.options import check_attn_sink
 from tilemla.plan import log2_scale
 from tilemla.sparse import constant
 from tilemla.sparse_validate import (
-    check_head_dim_v,
     check_indices,
     check_lengths,
     check_queries,
-    check_softmax_scale,
 )
-from tilemla.validate import check_int, check_tensor, describe
+from tilemla.streams import on_device
+from tilemla.validate import check_int, check_softmax_scale, check_tensor, describe
 
 
 def flash_mla_sparse_fwd(
@@ -82,7 +80,7 @@ def flash_mla_sparse_fwd(
     if sm_scale is None:
         raise TypeError(f"sm_scale must be a float, got {describe(sm_scale)}")
     check_softmax_scale("sm_scale", sm_scale)
-    check_head_dim_v("d_v", d_v)
+    check_int("d_v", d_v, 1)
     sink = check_attn_sink(attn_sink, q)
     if topk_length is not None:
         check_lengths("topk_length", topk_length, "seq_len_q", seq_len_q, q.device)
@@ -105,7 +103,7 @@ def flash_mla_sparse_fwd(
         return out, max_logits, lse
     if not kv.shape[0]:  # no kernel can be given an empty tensor
         kv, topk_length = kv.new_zeros((1, 1, head_dim_qk)), constant(q.device, seq_len_q, 0)
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext():
+    with on_device(q.device):
         module.functions["mla_sparse_prefill"](
             q,
             kv[:, 0],

@@ -465,7 +465,8 @@ def _plan_for_topk(
     cache_seqlens: Any, num_q_tokens_per_head_k: Any, num_heads_k: Any, num_heads_q: Any, topk: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A plan in tuple form for calls with ``indices``, of which all count."""
-    lengths = check_cache_seqlens(cache_seqlens)
+    is_traced = is_dynamo_compiling()
+    lengths = cache_seqlens if is_traced else check_cache_seqlens(cache_seqlens)
     tokens_per_head_k = check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1)
     heads_k = check_int("num_heads_k", num_heads_k, 1)
     check_int("topk", topk, 0)
@@ -480,6 +481,8 @@ def _plan_for_topk(
         queries = tokens_per_head_k // rows
     blocks = -(-topk // SCHEDULING_BLOCK)
     every = torch.full_like(lengths, blocks * SCHEDULING_BLOCK)
+    if is_traced:
+        return torch.ops.tilemla.get_mla_metadata(every, rows, heads_k * queries)  # type: ignore[no-any-return]
     return make_schedule(every, num_sm_parts_for(num_sms_of(device), rows, heads_k * queries), rows)
 
 

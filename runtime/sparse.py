@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -13,19 +12,17 @@ from tilemla.launch import module_of_kind, num_sms_of
 from tilemla.loader import LoadedModule
 from tilemla.options import Options, check_attn_sink, check_results, has_heads_side_by_side
 from tilemla.plan import log2_scale
-from tilemla.schedule import FlashMLASchedMeta, SparseScheduleConfig, make_batch_invariant_schedule
+from tilemla.schedule import SparseScheduleConfig, make_batch_invariant_schedule
 from tilemla.sparse_validate import (
     check_chosen_cache,
-    check_head_dim_v,
     check_indices,
     check_lengths,
     check_no_mask,
     check_queries,
-    check_softmax_scale,
     pages_of,
 )
-from tilemla.streams import is_capturing
-from tilemla.validate import SCHEDULING_BLOCK, check_cpu_schedule
+from tilemla.streams import is_capturing, on_device
+from tilemla.validate import SCHEDULING_BLOCK, check_cpu_schedule, check_int, check_softmax_scale
 from tilemla.workspace import Scratch
 
 _INDICES_LAYOUT = "(batch_size, seq_len_q, topk)"
@@ -116,7 +113,7 @@ def decode_chosen(
     """
     check_queries(q, 4, "(batch_size, seq_len_q, num_heads_q, head_dim_qk)")
     check_no_mask(causal, options.window_size)
-    check_head_dim_v("head_dim_v", head_dim_v)
+    check_int("head_dim_v", head_dim_v, 1)
     check_softmax_scale("softmax_scale", softmax_scale)
     attn_sink = check_attn_sink(attn_sink, q)
     check_results(out, softmax_lse, q, head_dim_v)
@@ -149,7 +146,7 @@ def decode_chosen(
     if lse is None:
         lse = torch.empty((batch_size, seq_len_q, num_heads_q), dtype=torch.float32, device=device)
     if batch_size:  # no kernel runs for an empty batch
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with on_device(device):
             _run(
                 module,
                 q.detach(),
@@ -259,9 +256,7 @@ def _find_schedule(
     if by_length:
         metadata, splits = make_batch_invariant_schedule(lengths(), most, seq_len_q=1)
     elif config.device.type == "cpu":
-        _check_schedule(
-            metadata, splits, lengths(), most, is_ours=isinstance(tile_scheduler_metadata, FlashMLASchedMeta)
-        )
+        _check_schedule(metadata, splits, lengths(), most)
     return metadata, splits
 
 
@@ -269,23 +264,9 @@ def _blocks_of(topk: int) -> int:
     return -(-topk // SCHEDULING_BLOCK)
 
 
-def _check_schedule(
-    metadata: torch.Tensor, splits: torch.Tensor, lengths: torch.Tensor, most: int, *, is_ours: bool
-) -> None:
-    """Check a schedule in CPU memory.
-
-    One in tuple form may have been made for all of topk, which only ``get_mla_metadata`` knew: what it covers beyond a
-    list's length names no token.
-    """
+def _check_schedule(metadata: torch.Tensor, splits: torch.Tensor, lengths: torch.Tensor, most: int) -> None:
+    """Check a schedule in CPU memory: one for all of topk will do as well, for what is past a length names no token."""
     try:
-        check_cpu_schedule(metadata, splits, lengths)
+        check_cpu_schedule(metadata, splits, torch.full_like(lengths, most))
     except ValueError:
-        if is_ours:
-            raise
-        try:
-            check_cpu_schedule(metadata, splits, torch.full_like(lengths, most))
-        except ValueError:
-            pass
-        else:
-            return
-        raise
+        check_cpu_schedule(metadata, splits, lengths)

@@ -5,27 +5,16 @@ The values of indices and lengths are not looked at, on no device: kernels take 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from tilemla.kv_formats import FP8_LAYOUTS
-from tilemla.validate import check_int, check_int32, check_tensor, describe
+from tilemla.validate import check_bool, check_int32, check_tensor, describe
 
 # The format of bytes that goes with a head dim of the queries.
 FP8_FORMATS = {layout.head_dim: name for name, layout in FP8_LAYOUTS.items()}
 BYTE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
-
-
-def check_softmax_scale(name: str, value: Any) -> None:
-    """Check a factor of the scores: a number that is finite and not negative, or None."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or None, got {describe(value)}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 def check_queries(q: Any, rank: int, layout: str) -> torch.Tensor:
@@ -147,25 +136,12 @@ def check_descale(name: str, value: Any, device: torch.device) -> torch.Tensor:
 
 def check_no_mask(causal: Any, window_size: tuple[int, int]) -> None:
     """Check that nothing is masked by position beside indices, which say themselves what a query sees."""
-    if causal is not True and causal is not False:
-        raise TypeError(f"causal must be a bool, got {describe(causal)}")
-    if causal:
+    if check_bool("causal", causal):
         raise ValueError("causal must be False beside indices, which say themselves what a query sees, got True")
     if window_size != (-1, -1):
         raise ValueError(
             f"window_size must be (-1, -1) beside indices, which say themselves what a query sees, got {window_size}"
         )
-
-
-def check_head_dim_v(name: str, head_dim_v: Any) -> None:
-    """Check the elements of a value, as far as they do not depend on what kernels there are."""
-    check_int(name, head_dim_v, 1)
-
-
-def check_fp8_flag(is_fp8_kvcache: Any) -> None:
-    """Check the flag that tells a cache of bytes from one of elements."""
-    if is_fp8_kvcache is not True and is_fp8_kvcache is not False:
-        raise TypeError(f"is_fp8_kvcache must be a bool, got {describe(is_fp8_kvcache)}")
 
 
 def check_no_indices(extra_k_cache: Any, extra_indices: Any, topk_length: Any, extra_topk_length: Any) -> None:

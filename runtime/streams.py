@@ -6,6 +6,7 @@ they serve.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
@@ -25,6 +26,13 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.c
 is_capturing: Callable[[], bool] = getattr(
     torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the device of some tensors is the current one; nothing is done where it is."""
+    if device.type != "cuda" or current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -55,6 +55,23 @@ def check_int(name: str, value: Any, at_least: int) -> int:
     return value
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
+    return value
+
+
+def check_softmax_scale(name: str, value: Any) -> None:
+    """Check a factor of the scores: a number that is finite and not negative, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or None, got {describe(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
 def check_lse_base(lse_base: Any) -> float:
     """The log of 2 in the base that is asked for: what a base-2 logarithm is multiplied by."""
     if not isinstance(lse_base, str):
@@ -147,13 +164,8 @@ def check_decode_arguments(
     if not cache_seqlens.is_contiguous():
         raise ValueError(f"cache_seqlens must be contiguous, got stride {cache_seqlens.stride()}")
 
-    if causal is not True and causal is not False:
-        raise TypeError(f"causal must be a bool, got {describe(causal)}")
-    if softmax_scale is not None:
-        if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-            raise TypeError(f"softmax_scale must be a float or None, got {describe(softmax_scale)}")
-        if not (math.isfinite(softmax_scale) and softmax_scale >= 0):
-            raise ValueError(f"softmax_scale must be finite and not negative, got {softmax_scale}")
+    check_bool("causal", causal)
+    check_softmax_scale("softmax_scale", softmax_scale)
     return block_table, cache_seqlens
 
 

@@ -54,8 +54,20 @@ def test_vllm_assigns_what_it_kept(inputs):
     kept = tilemla.get_mla_metadata(lengths, 2 * 16, 1, 16, True, 192)
     sched_meta, _ = tilemla.get_mla_metadata()
     sched_meta.tile_scheduler_metadata, sched_meta.num_splits = kept
+    inputs.main.lengths = torch.tensor([192, 3, 0], dtype=torch.int32, device=device)
     out, lse = tilemla.flash_mla_with_kvcache(
-        inputs.q, inputs.main.k_cache, None, None, 512, sched_meta, None, None, False, True, inputs.main.indices
+        inputs.q,
+        inputs.main.k_cache,
+        None,
+        None,
+        512,
+        sched_meta,
+        None,
+        None,
+        False,
+        True,
+        inputs.main.indices,
+        topk_length=inputs.main.lengths,
     )
     check_result(out, lse, sparse_reference(CASE, inputs))
     assert sched_meta.tile_scheduler_metadata is kept[0]

@@ -64,6 +64,13 @@ def test_decode(inputs, options):
     assert same(compile_whole(plan_and_decode)(inputs, **options), plan_and_decode(inputs, **options))
 
 
+def test_a_plan_with_arguments(inputs):
+    def plan(lengths):
+        return tilemla.get_mla_metadata(lengths, 2 * 16, 1, 16, True, 70)
+
+    assert same(compile_whole(plan)(inputs.main.lengths), plan(inputs.main.lengths))
+
+
 def test_decode_in_place(inputs):
     expected = plan_and_decode(inputs)
     for name, like in (("out", expected[0]), ("softmax_lse", expected[1])):
