@@ -5,6 +5,7 @@ and loads from many splits are under way at once. With a large batch there are m
 need nothing: there each warp merges a row, so that launching CTAs does not become the cost.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import tilelang.language as T
@@ -18,7 +19,19 @@ _LANES = 32
 _VECTOR = 4  # fp32 elements of a 16-byte load
 
 
-def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bool) -> Any:
+def sink_of_group(head, row, t) -> Any:
+    """The attention sink of a row where `group_size` heads share a KV head."""
+    return t.attn_sink[head, T.truncmod(row, t.group_size)]
+
+
+def make_combine(
+    head_dim_v: int,
+    accum: str,
+    config: KernelConfig,
+    *,
+    early: bool,
+    read_sink: Callable[[Any, Any, Any], Any] = sink_of_group,
+) -> Any:
     """Make the macro that opens the combine kernel.
 
     Parameters
@@ -31,6 +44,8 @@ def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bo
         Its ``full_grid`` and ``loads_ahead``.
     early : bool
         Whether the kernel is launched under the tail of the decode kernel and waits for its end itself.
+    read_sink : callable
+        Of head, row and t: the attention sink of the row.
 
     Returns
     -------
@@ -87,7 +102,7 @@ def make_combine(head_dim_v: int, accum: str, config: KernelConfig, *, early: bo
             weight_sum = T.warp_reduce_sum(weight_sum)
             factor = T.alloc_var(accum, init=inverse_sum(weight_sum))
             if t.has_sink != 0:
-                sink = t.attn_sink[head, T.truncmod(row, t.group_size)]
+                sink = read_sink(head, row, t)
                 factor = inverse_sum(weight_sum, sink_share(most, sink))
             for i in T.unroll(vectors):
                 for v in T.vectorized(_VECTOR):

@@ -6,7 +6,7 @@ import tilelang.language as T
 
 from tilemla.config import KernelConfig
 from tilemla.dsl.attention import first_visible_key
-from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
+from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.load import REQUEST, make_loader
 from tilemla.dsl.sm90.tile import (
     HALF,
@@ -23,6 +23,7 @@ from tilemla.dsl.sm90.tile import (
     phase_of,
     stage_of,
 )
+from tilemla.dsl.sm90.way_out import make_way_out
 
 
 def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: int, config: KernelConfig) -> Any:
@@ -40,11 +41,7 @@ def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: in
     """
     accum = "float32"
     seek, load = make_loader(page_block_size, head_dim_qk, config)
-
-    @T.macro
-    def scale_rows(acc, scale):
-        for i, j in T.Parallel(ROWS, HALF):
-            acc[i, j] = acc[i, j] * scale[i]
+    way_out = make_way_out()
 
     @T.macro
     def clear_tokens(begin, end, stage, column, t):
@@ -64,47 +61,6 @@ def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: in
             clear_tokens(T.max(seqlen - shift, 0), BLOCK_N, stage, column, t)
             T.fence_proxy_async()
             T.sync_threads(barrier_id, WARPGROUP)
-
-    @T.macro
-    def write_tile(acc, request, stage, column, barrier_id, t):
-        assume_stage(stage)
-        # Read here and not at the start, the coordinates keep ptxas from holding addresses in registers all along.
-        row0 = T.alloc_var("int32", init=t.tile[0])
-        head = T.alloc_var("int32", init=t.tile[1])
-        if is_split(t.part, request):
-            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            for i, j in T.Parallel(ROWS, HALF):
-                if row0 + i < t.rows:
-                    t.out_accum[slot, head, row0 + i, column + j] = acc[i, j]
-        else:
-            # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
-            T.copy(acc, t.kv[stage, :, column : column + HALF])
-            T.fence_proxy_async()
-            T.sync_threads(barrier_id, WARPGROUP)
-            if t.tx % WARPGROUP < 32:
-                T.tma_copy(
-                    t.kv[stage, :, column : column + HALF],
-                    t.out[request, head, row0 : row0 + ROWS, column : column + HALF],
-                    leader_scope_threads=32,
-                )
-                T.tma_store_wait(0)
-        T.sync_threads(barrier_id, WARPGROUP)
-
-    @T.macro
-    def write_empty(request, column, t):
-        # No block was there to read: nothing is in the accumulator, and no stage is free.
-        row0 = T.alloc_var("int32", init=t.tile[0])
-        head = T.alloc_var("int32", init=t.tile[1])
-        end_row = T.alloc_var("int32", init=T.min(row0 + ROWS, t.rows))
-        if is_split(t.part, request):
-            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
-                for j in T.Parallel(HALF):
-                    t.out_accum[slot, head, row, column + j] = 0
-        else:
-            for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
-                for j in T.Parallel(HALF):
-                    t.out[request, head, row, column + j] = 0
 
     @T.macro
     def hand_back(stage, turn: T.Ref, cursor, loads, t):
@@ -132,7 +88,7 @@ def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: in
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             if begin >= end:
-                write_empty(request, column, t)
+                way_out.write_empty(request, column, t)
             else:
                 T.fill(acc, 0)
                 # The item before the first block is the Q tile: the score warpgroup has it now, and its stage is free.
@@ -143,7 +99,7 @@ def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: in
                         if T.any_sync((t.alpha[block % 2, row] != 1.0) | (t.alpha[block % 2, row + 8] != 1.0)) != 0:
                             for i in T.Parallel(ROWS):
                                 scale[i] = t.alpha[block % 2, i]
-                            scale_rows(acc, scale)
+                            way_out.scale_rows(acc, scale)
                         if (block == end - 1) | ((block == begin) & (t.window_left >= 0)):
                             clear_unseen(request, block, stage, column, barrier_id, t)
                         T.wgmma_gemm(
@@ -158,9 +114,9 @@ def make_output_warpgroup(page_block_size: int, head_dim_qk: int, head_dim_v: in
                         turn = next_turn(turn)
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[i]
-                scale_rows(acc, scale)
+                way_out.scale_rows(acc, scale)
                 last_stage = stage_of(turn)
-                write_tile(acc, request, last_stage, column, barrier_id, t)
+                way_out.write_tile(acc, request, last_stage, column, barrier_id, t)
                 hand_back(last_stage, turn, cursor, loads, t)
                 turn = next_turn(turn)
 

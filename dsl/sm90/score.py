@@ -7,19 +7,13 @@ import tilelang.language as T
 from tilemla.config import KernelConfig
 from tilemla.dsl.attention import (
     RUNNING_MAX_START,
-    advance_max,
     end_key_of_query,
-    final_lse,
     first_key_of_query,
-    inverse_sum,
     mask_score,
     needs_mask,
-    partial_lse_log2,
-    probability,
-    rescale_factor,
-    sink_share,
 )
-from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
+from tilemla.dsl.schedule import BLOCK_N
+from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.tile import (
     A_REGISTERS,
     ATOM_BYTES,
@@ -69,6 +63,12 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         for i, first, width in columns_of_thirds(head_dim_qk)
     ]
     stage_bytes = STAGE_COLUMNS // SLICE * ATOM_BYTES
+    softmax = make_softmax(
+        head_dim_v,
+        alpha_slot=lambda block, _stage: block % 2,
+        inverse_sum_index=lambda _stage, row: row,
+        read_sink=lambda row, t: t.attn_sink[t.head, T.truncmod(t.tile[0] + row, t.group_size)],
+    )
 
     def key_offset(k_step, stage):
         # of a K step of the page in a stage, in the 16-byte units of a wgmma descriptor
@@ -152,10 +152,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         T.sync_threads(SCORE_BARRIER, WARPGROUP)
 
     @T.macro
-    def soften(scores, running_max, row_sum, request, block, stage, row, column, t):
-        # Scores to P in the stage's rope columns, with the step on maximum and sum, and alpha for the accumulators.
-        block_max = T.alloc_local((4,), accum)
-        alpha = T.alloc_local((2,), accum)
+    def mask(scores, request, block, row, column, t):
         if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
             for half in T.unroll(2):
                 # the keys that the row's query sees, counted from this thread's first column
@@ -174,57 +171,6 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                     scores[e // 2 * 4 + half * 2 + e % 2] = mask_score(
                         scores[e // 2 * 4 + half * 2 + e % 2], (key >= first) & (key < end)
                     )
-        # Two chains a row: one is bound by its latency.
-        for chain in T.unroll(4):
-            block_max[chain] = T.max(scores[chain * 2], scores[chain * 2 + 1])
-        for e in T.unroll(SCORES - 8):
-            block_max[e % 8 // 2] = T.max(block_max[e % 8 // 2], scores[8 + e])
-        for half in T.unroll(2):
-            block_max[half] = T.max(block_max[half], block_max[half + 2])
-        for half in T.unroll(2):
-            block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 1))
-        for half in T.unroll(2):
-            block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 2))
-        for half in T.unroll(2):
-            block_max[half] = advance_max(running_max[half], block_max[half] * t.softmax_scale_log2)
-            alpha[half] = rescale_factor(running_max[half], block_max[half])
-            running_max[half] = block_max[half]
-            row_sum[half] = row_sum[half] * alpha[half]
-        if t.tx % 4 == 0:
-            for half in T.unroll(2):
-                t.alpha[block % 2, row + half * 8] = alpha[half]
-        for pair in T.unroll(SCORES // 2):
-            for v in T.unroll(2):
-                scores[pair * 2 + v] = probability(scores[pair * 2 + v], t.softmax_scale_log2, running_max[pair % 2])
-            row_sum[pair % 2] = row_sum[pair % 2] + (scores[pair * 2] + scores[pair * 2 + 1])
-            for v in T.vectorized(2):
-                t.kv[stage, row + pair % 2 * 8, head_dim_v + pair // 2 * 8 + column + v] = scores[pair * 2 + v]
-
-    @T.macro
-    def normalise(request, row, row_sum, running_max, t):
-        # The sums over a row's threads, and what its outputs are multiplied by. Its threads write the same value.
-        share = T.alloc_local((2,), accum)
-        for half in T.unroll(2):
-            row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
-            row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 2)
-            share[half] = 0
-        if t.has_sink != 0:
-            # A piece of a split request leaves the sink to the combine kernel.
-            if T.Not(is_split(t.part, request)):
-                for half in T.unroll(2):
-                    sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + row + half * 8, t.group_size)]
-                    share[half] = sink_share(running_max[half], sink)
-        for half in T.unroll(2):
-            t.inverse_sum[row + half * 8] = inverse_sum(row_sum[half], share[half])
-
-    @T.macro
-    def write_lse(request, row, row_sum, running_max, t):
-        if is_split(t.part, request):
-            t.lse_accum_log2[split_slot(t.part, request, t.num_splits), t.head, row] = partial_lse_log2(
-                row_sum, running_max
-            )
-        else:
-            t.softmax_lse[request, t.head, row] = final_lse(row_sum, running_max, t.lse_scale)
 
     @T.macro
     def score_warpgroup(t):
@@ -272,9 +218,10 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                     T.wait_wgmma(0)
                     # Every warp is through with the rope columns: P may take their place.
                     T.sync_threads(SCORE_BARRIER, WARPGROUP)
-                    soften(scores, running_max, row_sum, request, block, stage, row, column, t)
+                    mask(scores, request, block, row, column, t)
+                    softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
                     if block == end - 1:
-                        normalise(request, row, row_sum, running_max, t)
+                        softmax.normalise(request, stage, row, row_sum, running_max, t)
                     T.fence_proxy_async()
                     T.sync_warp()
                     if block == end - 1:
@@ -283,6 +230,6 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
             if t.tx % 4 == 0:
                 for half in T.unroll(2):
                     if t.tile[0] + row + half * 8 < t.rows:
-                        write_lse(request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t)
+                        softmax.write_lse(request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t)
 
     return score_warpgroup

@@ -41,19 +41,19 @@ SCORE_BARRIER, LEFT_BARRIER, RIGHT_BARRIER = 1, 2, 3  # named barriers of a warp
 NOT_UNROLLED = {"pragma_unroll_factor": 1}
 
 
-def stage_of(turn) -> Any:
-    """The stage of the item at `turn`; a turn is stage + NUM_STAGES * phase, int32."""
-    return T.if_then_else(turn >= NUM_STAGES, turn - NUM_STAGES, turn)
+def stage_of(turn, num_stages=NUM_STAGES) -> Any:
+    """The stage of the item at `turn`; a turn is stage + num_stages * phase, int32."""
+    return T.if_then_else(turn >= num_stages, turn - num_stages, turn)
 
 
-def phase_of(turn) -> Any:
+def phase_of(turn, num_stages=NUM_STAGES) -> Any:
     """The parity to wait for on the barriers of the item at `turn`, int32."""
-    return T.if_then_else(turn >= NUM_STAGES, 1, 0)
+    return T.if_then_else(turn >= num_stages, 1, 0)
 
 
-def next_turn(turn) -> Any:
+def next_turn(turn, num_stages=NUM_STAGES) -> Any:
     """The turn of the next item."""
-    return T.if_then_else(turn == 2 * NUM_STAGES - 1, 0, turn + 1)
+    return T.if_then_else(turn == 2 * num_stages - 1, 0, turn + 1)
 
 
 def columns_of_thirds(head_dim_qk: int) -> list[tuple[int, int, int]]:

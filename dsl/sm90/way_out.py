@@ -1,0 +1,66 @@
+"""How an output tile leaves an output warpgroup: normalised, to its place or to that of a partial result."""
+
+from types import SimpleNamespace
+
+import tilelang.language as T
+
+from tilemla.dsl.schedule import is_split, split_slot
+from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, WARPGROUP, assume_stage
+
+
+def make_way_out(width: int = HALF) -> SimpleNamespace:
+    """Make the macros ``scale_rows``, ``write_tile`` and ``write_empty``.
+
+    Parameters
+    ----------
+    width : int
+        Columns of an accumulator.
+    """
+
+    @T.macro
+    def scale_rows(acc, scale):
+        for i, j in T.Parallel(ROWS, width):
+            acc[i, j] = acc[i, j] * scale[i]
+
+    @T.macro
+    def write_tile(acc, request, stage, column, barrier_id, t):
+        assume_stage(stage)
+        # Read here and not at the start, the coordinates keep ptxas from holding addresses in registers all along.
+        row0 = T.alloc_var("int32", init=t.tile[0])
+        head = T.alloc_var("int32", init=t.tile[1])
+        if is_split(t.part, request):
+            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+            for i, j in T.Parallel(ROWS, width):
+                if row0 + i < t.rows:
+                    t.out_accum[slot, head, row0 + i, column + j] = acc[i, j]
+        else:
+            # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
+            T.copy(acc, t.kv[stage, :, column : column + width])
+            T.fence_proxy_async()
+            T.sync_threads(barrier_id, WARPGROUP)
+            if t.tx % WARPGROUP < 32:
+                T.tma_copy(
+                    t.kv[stage, :, column : column + width],
+                    t.out[request, head, row0 : row0 + ROWS, column : column + width],
+                    leader_scope_threads=32,
+                )
+                T.tma_store_wait(0)
+        T.sync_threads(barrier_id, WARPGROUP)
+
+    @T.macro
+    def write_empty(request, column, t):
+        # No block was there to read: nothing is in the accumulator, and no stage is free.
+        row0 = T.alloc_var("int32", init=t.tile[0])
+        head = T.alloc_var("int32", init=t.tile[1])
+        end_row = T.alloc_var("int32", init=T.min(row0 + ROWS, t.rows))
+        if is_split(t.part, request):
+            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+            for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
+                for j in T.Parallel(width):
+                    t.out_accum[slot, head, row, column + j] = 0
+        else:
+            for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
+                for j in T.Parallel(width):
+                    t.out[request, head, row, column + j] = 0
+
+    return SimpleNamespace(scale_rows=scale_rows, write_tile=write_tile, write_empty=write_empty)
