@@ -141,7 +141,9 @@ class _ProgramWriter:
         return 16 if self.cuda and (self.is_vectorised(arg) or self.has_map(arg)) else _item_bytes(arg)
 
     def is_vectorised(self, arg: BufferArg) -> bool:
-        """Whether a kernel may read rows of the tensor 16 bytes at a time."""
+        """Whether a kernel may read rows of the tensor 16 bytes at a time; a cache of bytes has rows of any length."""
+        if arg.dtype == "uint8":
+            return True
         return isinstance(arg.shape[-1], tirx.IntImm) and int(arg.shape[-1]) * _item_bytes(arg) % 16 == 0
 
     def has_map(self, arg: BufferArg) -> bool:

@@ -42,7 +42,10 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
 
         return {"read_pages": make_read_program(spec)}
     if spec.kernel == "mla_sparse_prefill":
-        from tilemla.dsl.sparse_prefill_cpu import make_sparse_prefill_program
+        if spec.arch == "cpu":
+            from tilemla.dsl.sparse_prefill_cpu import make_sparse_prefill_program
+        else:
+            from tilemla.dsl.sm90.sparse_prefill import make_sparse_prefill_program
 
         return {"mla_sparse_prefill": make_sparse_prefill_program(spec)}
     from tilemla.dsl.batch_invariant import make_batch_invariant_program_cpu, make_batch_invariant_program_cuda
@@ -50,12 +53,21 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
     from tilemla.dsl.metadata import make_metadata_program_cpu, make_metadata_program_sm90
 
     if spec.kernel == "mla_sparse_decode":
-        from tilemla.dsl.sparse_decode_cpu import make_sparse_decode_program
+        if spec.arch == "cpu":
+            from tilemla.dsl.sparse_decode_cpu import make_sparse_decode_program
+
+            return {
+                "get_mla_metadata": make_metadata_program_cpu(),
+                "get_batch_invariant_metadata": make_batch_invariant_program_cpu(),
+                "mla_sparse_decode": make_sparse_decode_program(spec),
+                **_appending(spec),
+            }
+        from tilemla.dsl.sm90.sparse_decode import make_sparse_decode_program as make_sparse_decode_program_sm90
 
         return {
-            "get_mla_metadata": make_metadata_program_cpu(),
-            "get_batch_invariant_metadata": make_batch_invariant_program_cpu(),
-            "mla_sparse_decode": make_sparse_decode_program(spec),
+            "get_mla_metadata": make_metadata_program_sm90(),
+            "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
+            "mla_sparse_decode": make_sparse_decode_program_sm90(spec, config),
             **_appending(spec),
         }
     if spec.arch == "cpu":

@@ -42,10 +42,10 @@ _WRITTEN_FOR: dict[tuple[str, str], tuple[str, ...]] = {
     ("mla_decode", "dense"): ARCHS,
     ("mla_decode", "dense_fp8"): ("cpu",),
     ("mla_decode", "fp8_656"): ("cpu",),
-    ("mla_sparse_decode", "dense"): ("cpu",),
-    ("mla_sparse_decode", "fp8_656"): ("cpu",),
-    ("mla_sparse_decode", "fp8_584"): ("cpu",),
-    ("mla_sparse_prefill", "dense"): ("cpu",),
+    ("mla_sparse_decode", "dense"): TESTED_ARCHS,
+    ("mla_sparse_decode", "fp8_656"): TESTED_ARCHS,
+    ("mla_sparse_decode", "fp8_584"): TESTED_ARCHS,
+    ("mla_sparse_prefill", "dense"): TESTED_ARCHS,
     ("read_pages", "dense"): ("sm_90a",),
 }
 _SPARSE_KERNELS = ("mla_sparse_decode", "mla_sparse_prefill")

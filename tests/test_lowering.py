@@ -126,6 +126,38 @@ def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
         assert module.get_function(program) is not None
 
 
+# Of the modules for tokens that are named by index, those that DeepSeek-V3.2 needs.
+SPARSE_BUILT = {("fp8_656", 576, "bfloat16"), ("dense", 576, "bfloat16")}
+SPARSE_SPECS = [
+    spec
+    if (spec.kv_format, spec.head_dim_qk, spec.dtype) in SPARSE_BUILT
+    else pytest.param(spec, marks=pytest.mark.slow)
+    for spec in SUPPORTED_SPECS
+    if spec.arch == "sm_90a" and spec.kernel.startswith("mla_sparse")
+]
+
+
+@pytest.mark.parametrize("spec", SPARSE_SPECS, ids=lambda spec: spec.name)
+def test_every_sparse_sm_90a_module_gathers_and_multiplies_without_a_spill(spec, tmp_path):
+    program = spec.kernel
+    entry = build_programs(
+        spec.name, {program: make_programs(spec)[program]}, spec.arch, tmp_path, dtype=spec.dtype, spec=spec.to_dict()
+    )
+    ptx = text_of(entry, f"{program}.ptx")
+    check_ptx(ptx)
+    kind = {"bfloat16": "bf16", "float16": "f16"}[spec.dtype]
+    for columns in (64, 128):
+        assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}k16\.f32\.{kind}\.{kind}", ptx)
+    assert "cp.async.cg.shared.global" in ptx
+    # A block's rows are converted where there is something to convert, exactly or by moving fields.
+    is_fp8 = spec.kv_format != "dense"
+    assert ("cvt.rn.f16x2.e4m3x2" in ptx, "mul.rn.bf16x2" in ptx) == (is_fp8, is_fp8)
+    for kernel in entry.manifest.kernels:
+        assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
+        assert kernel.smem_bytes <= SMEM_LIMIT_BYTES
+    assert (entry.manifest.kernels[0].threads, entry.manifest.kernels[0].registers) == (512, 128)
+
+
 @pytest.mark.parametrize(("kv_format", "head_dim_qk"), [("fp8_656", 576), ("fp8_584", 512)])
 def test_appending_is_a_warp_for_a_tile(kv_format, head_dim_qk, tmp_path):
     spec = KernelSpec(kv_format=kv_format, head_dim_qk=head_dim_qk, page_block_size=0, kernel="mla_sparse_decode")

@@ -1,0 +1,176 @@
+"""Device code of the producer warpgroup that no tile operation stands for.
+
+A stage is laid out in atoms of 64 rows and 128 bytes, 8192 bytes apart, in which the 16-byte chunks of a row are
+permuted by exclusive or with the row modulo 8. Addresses of tokens are integers, and 0 is that of an invalid token: its
+row is zeros.
+"""
+
+GATHER_SOURCE = r"""
+namespace tilemla {
+
+__device__ __forceinline__ long long address_of(const void *pointer) { return reinterpret_cast<long long>(pointer); }
+
+__device__ __forceinline__ unsigned shared_address(const void *pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void *shift(void *pointer, int bytes) { return static_cast<char *>(pointer) + bytes; }
+
+__device__ __forceinline__ long long shuffle(long long value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+__device__ __forceinline__ int ballot(bool predicate) {
+  return static_cast<int>(__ballot_sync(0xffffffffu, predicate));
+}
+
+// The bytes from an address on, multiples of 16, on their way to L2.
+__device__ __forceinline__ void prefetch(long long from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// A row's 16-byte chunk of each of ATOMS atoms, asynchronously.
+template <int ATOMS>
+__device__ __forceinline__ void gather_atoms(void *to, long long from, int atom, int offset) {
+  const unsigned first = shared_address(to) + atom * 8192;
+  const int bytes = from != 0 ? 16 : 0;
+#pragma unroll
+  for (int i = 0; i < ATOMS; ++i) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(first + i * 8192),
+                 "l"(from + offset + (atom + i) * 128), "r"(bytes)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ uint4 load_16(long long from) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (from != 0) {
+    asm volatile("ld.global.nc.L1::evict_last.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+  }
+  return v;
+}
+
+// 16 of the e4m3 values of each of ATOMS atoms from the FIRST on.
+template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from) {
+#pragma unroll
+  for (int i = 0; i < ATOMS; ++i) {
+    const uint4 v = load_16(from != 0 ? from + (FIRST + i) * 64 : 0);
+    raw[i * 4] = v.x, raw[i * 4 + 1] = v.y, raw[i * 4 + 2] = v.z, raw[i * 4 + 3] = v.w;
+  }
+}
+
+// The same of two atoms from shared memory, where their bytes are side by side, and which comes first makes bit 6.
+__device__ __forceinline__ void read_bytes(unsigned *raw, const void *from) {
+  const unsigned first = shared_address(from);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw[i * 4]), "=r"(raw[i * 4 + 1]), "=r"(raw[i * 4 + 2]), "=r"(raw[i * 4 + 3])
+                 : "r"(first ^ i * 64)
+                 : "memory");
+  }
+}
+
+// The scales of a token as they lie in memory: four float32, or with BYTES eight e8m0, the last a pad. Those of an
+// invalid token are 1.
+template <bool BYTES> __device__ __forceinline__ void load_scales(unsigned *scales, long long from) {
+  if constexpr (BYTES) {
+    uint2 v = make_uint2(0x7f7f7f7fu, 0x7f7f7f7fu);
+    if (from != 0) {
+      asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    }
+    scales[0] = v.x, scales[1] = v.y;
+  } else {
+    const uint4 v = load_16(from);
+    const unsigned one = from != 0 ? 0u : 0x3f800000u;
+    scales[0] = v.x | one, scales[1] = v.y | one, scales[2] = v.z | one, scales[3] = v.w | one;
+  }
+}
+
+// The scale of an atom as the bits of a float32.
+template <bool BYTES> __device__ __forceinline__ unsigned scale_of(const unsigned *scales, int atom) {
+  if constexpr (BYTES) {
+    const unsigned exponent = scales[atom / 4] >> atom % 4 * 8 & 0xffu;
+    return exponent == 0xffu ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23;
+  } else {
+    return scales[atom / 2];
+  }
+}
+
+// Whether 2**120 times each scale of the warp's tokens is a bfloat16, normal and finite.
+template <bool BYTES> __device__ __forceinline__ bool are_short(const unsigned *scales, int tokens) {
+  bool all = true;
+#pragma unroll
+  for (int token = 0; token < tokens; ++token) {
+#pragma unroll
+    for (int atom = 0; atom < (BYTES ? 7 : 8); atom += (BYTES ? 1 : 2)) {
+      const unsigned scale = scale_of<BYTES>(scales + token * (BYTES ? 2 : 4), atom);
+      all = all && (scale & 0xffffu) == 0 && (scale >> 23 & 0xffu) - 1u < 134u;
+    }
+  }
+  return __all_sync(0xffffffffu, all);
+}
+
+// Whether a byte of the warp's words is e4m3's NaN, 0x7f or 0xff.
+template <int WORDS> __device__ __forceinline__ bool have_nan(const unsigned *raw) {
+  unsigned carries = 0;
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    carries |= (raw[i] & 0x7f7f7f7fu) + 0x01010101u;
+  }
+  return __any_sync(0xffffffffu, (carries & 0x80808080u) != 0);
+}
+
+// bfloat16(e4m3 * scale) of bytes 0 and 1, or with HIGH 2 and 3: one rounding. SHORT is for numbers, and for scales of
+// which 2**120 times is a bfloat16: a number's fields are moved to where those of one 2**-120 times as large are.
+template <bool SHORT, bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned word, unsigned scale) {
+  unsigned out;
+  if constexpr (SHORT) {
+    const unsigned spread = __byte_perm(word, 0, HIGH ? 0x4342 : 0x4140);
+    const unsigned small = (spread & 0x00800080u) * 240u + spread * 16u;
+    const unsigned factor = __byte_perm(scale + (120u << 23), 0, 0x3232);
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(small), "r"(factor));
+  } else {
+    const unsigned short pair = static_cast<unsigned short>(HIGH ? word >> 16 : word);
+    unsigned halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+    float low, high;
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(low), "=f"(high)
+        : "r"(halves));
+    const float factor = __uint_as_float(scale);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high * factor), "f"(low * factor));
+  }
+  return out;
+}
+
+template <bool BYTES, int FIRST, int ATOMS, bool SHORT>
+__device__ __forceinline__ void store_atoms_as(unsigned to, const unsigned *raw, const unsigned *scales) {
+#pragma unroll
+  for (int i = 0; i < ATOMS; ++i) {
+    const unsigned scale = scale_of<BYTES>(scales, FIRST + i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned first = raw[i * 4 + half * 2], second = raw[i * 4 + half * 2 + 1];
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"((to ^ half * 16) + (FIRST + i) * 8192),
+                   "r"(dequantise<SHORT, false>(first, scale)), "r"(dequantise<SHORT, true>(first, scale)),
+                   "r"(dequantise<SHORT, false>(second, scale)), "r"(dequantise<SHORT, true>(second, scale))
+                   : "memory");
+    }
+  }
+}
+
+// 16 values of each of ATOMS atoms from the FIRST on: two chunks of a row.
+template <bool BYTES, int FIRST, int ATOMS>
+__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, const unsigned *scales, bool all_short) {
+  if (all_short && !have_nan<ATOMS * 4>(raw)) {
+    store_atoms_as<BYTES, FIRST, ATOMS, true>(shared_address(to), raw, scales);
+  } else {
+    store_atoms_as<BYTES, FIRST, ATOMS, false>(shared_address(to), raw, scales);
+  }
+}
+
+} // namespace tilemla
+"""

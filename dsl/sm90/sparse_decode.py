@@ -1,0 +1,279 @@
+"""Sparse split-KV MLA decode for sm_90a: tokens gathered by index, wgmma, a persistent walk of the schedule.
+
+A CTA walks the requests of one part of the schedule for one query of each and one tile of 64 heads. A producer
+warpgroup gathers the 64 tokens of a block from anywhere in the cache, and converts them where the cache is FP8
+(`gather`); a score warpgroup and two output warpgroups then work as those of the dense kernel do (`sparse_score`,
+`sparse_output`). The combine kernel is launched under the tail of this one.
+"""
+
+import operator
+from types import SimpleNamespace
+from typing import Any
+
+import tilelang.language as T
+
+from tilemla.dsl.program import Program
+from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
+from tilemla.dsl.sm90.combine import make_combine
+from tilemla.dsl.sm90.decode import PASS_CONFIG
+from tilemla.dsl.sm90.gather import make_dense_producer, make_fp8_producer, make_walk
+from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
+from tilemla.dsl.sm90.softmax import make_softmax
+from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
+from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
+from tilemla.dsl.sm90.sparse_tile import (
+    EMPTY_ARRIVALS,
+    NUM_STAGES,
+    NUM_THREADS,
+    NUM_WARPS,
+    OUTPUT_REGISTERS,
+    QUARTER,
+    ROLES,
+    blocks_of_request,
+)
+from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, STAGE_COLUMNS, WARPGROUP
+from tilemla.dsl.sm90.way_out import make_way_out
+from tilemla.kv_formats import FP8_LAYOUTS
+
+
+def _head_sink(head, row, t):
+    """The attention sink of a row: rows are heads."""
+    return t.attn_sink[row]
+
+
+def make_sparse_decode_program(spec, config) -> Program:
+    """Make the sparse split-KV decode and combine kernels of a spec.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+        Of architecture ``"sm_90a"`` and kernel ``"mla_sparse_decode"``.
+    config : KernelConfig
+        What the combine kernel is tuned by.
+
+    Returns
+    -------
+    Program
+        ``mla_sparse_decode``. Byte caches begin, and their pages are apart, by multiples of 16 bytes, and so are the
+        tokens of the others.
+    """
+    dtype, accum = spec.dtype, "float32"
+    head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
+    layout = FP8_LAYOUTS.get(spec.kv_format)
+    roles = ROLES[spec.kv_format]
+    full_arrivals = roles.full_arrivals
+    b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
+    num_pages, extra_num_pages, num_sm_parts = T.dynamic("num_pages, extra_num_pages, num_sm_parts")
+    len_num_splits, max_num_splits, len_sink = T.dynamic("len_num_splits, max_num_splits, len_sink")
+    q_stride_b, q_stride_s, q_stride_h = T.dynamic("q_stride_b, q_stride_s, q_stride_h")
+    k_stride_page, k_stride_token = T.dynamic("k_stride_page, k_stride_token")
+    extra_stride_page, extra_stride_token = T.dynamic("extra_stride_page, extra_stride_token")
+    indices_stride_b, indices_stride_s = T.dynamic("indices_stride_b, indices_stride_s")
+    extra_indices_stride_b, extra_indices_stride_s = T.dynamic("extra_indices_stride_b, extra_indices_stride_s")
+    if layout is None:
+        page, extra_page = T.dynamic("page, extra_page")
+        cache = T.StridedTensor((num_pages, page, head_dim_qk), (k_stride_page, k_stride_token, 1), dtype)
+        extra_cache = T.StridedTensor(
+            (extra_num_pages, extra_page, head_dim_qk), (extra_stride_page, extra_stride_token, 1), dtype
+        )
+    else:
+        page_bytes, extra_page_bytes = T.dynamic("page_bytes, extra_page_bytes")
+        cache = T.StridedTensor((num_pages, page_bytes), (k_stride_page, 1), "uint8")
+        extra_cache = T.StridedTensor((extra_num_pages, extra_page_bytes), (extra_stride_page, 1), "uint8")
+
+    softmax = make_softmax(
+        head_dim_v,
+        alpha_slot=lambda _block, stage: stage,
+        inverse_sum_index=lambda stage, row: stage * ROWS + row,
+        read_sink=lambda row, t: t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)],
+    )
+
+    @T.macro
+    def write_sums(request, row, half, row_sum, running_max, t):
+        softmax.write_lse(request, row, row_sum[half], running_max[half], t)
+
+    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums)
+    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request)
+    combine = make_combine(head_dim_v, accum, config, early=True, read_sink=_head_sink)
+
+    @T.macro
+    def read_index(index, request, block, main, token, t):
+        if block < main:
+            position = T.alloc_var("int32", init=block * BLOCK_N + token)
+            if position < T.min(t.topk_length[request], t.topk):
+                index[0] = t.indices[request, t.head, position]
+        else:
+            extra_position = T.alloc_var("int32", init=(block - main) * BLOCK_N + token)
+            index[1] = 1
+            if extra_position < T.min(t.extra_topk_length[request], t.extra_topk):
+                index[0] = t.extra_indices[request, t.head, extra_position]
+
+    def make_find(prefix: str) -> Any:
+        """Find a token of ``t.kcache`` or ``t.extra_kcache``, which a macro's argument would rename."""
+        cache_of = operator.attrgetter(f"{prefix}kcache")
+        pages_of = operator.attrgetter(f"{prefix}num_pages")
+        size_of = operator.attrgetter(f"{prefix}page_block_size")
+
+        @T.macro
+        def find(place, index, t):
+            page = T.alloc_var("int32", init=T.truncdiv(index[0], size_of(t)))
+            if (index[0] >= 0) & (page < pages_of(t)):
+                token = T.alloc_var("int32", init=index[0] - page * size_of(t))
+                if layout is None:
+                    place[0] = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, token, 0]))
+                else:
+                    first = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, 0]))
+                    place[0] = first + T.cast(token * layout.bytes_apart, "int64")
+                    if layout.scales_apart:
+                        first_scale = size_of(t) * layout.bytes_apart
+                        place[1] = first + T.cast(first_scale + token * layout.scale_bytes, "int64")
+
+        return find
+
+    find, find_extra = make_find(""), make_find("extra_")
+
+    @T.macro
+    def address(place, index, t):
+        place[0] = 0
+        if layout is not None:
+            place[1] = 0
+        if index[1] == 0:
+            find(place, index, t)
+        else:
+            find_extra(place, index, t)
+
+    walk = make_walk(blocks_of_request, read_index, address)
+    if layout is None:
+        producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_request)
+    else:
+        producer = make_fp8_producer(layout, roles, walk, blocks_of_request)
+
+    def q_tile(request, t):
+        return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
+
+    @T.prim_func
+    def mla_sparse_decode(
+        q: T.StridedTensor((b, s_q, h_q, head_dim_qk), (q_stride_b, q_stride_s, q_stride_h, 1), dtype),
+        kcache: cache,
+        indices: T.StridedTensor((b, s_q, topk), (indices_stride_b, indices_stride_s, 1), "int32"),
+        topk_length: T.Tensor((b,), "int32"),
+        extra_kcache: extra_cache,
+        extra_indices: T.StridedTensor(
+            (b, s_q, extra_topk), (extra_indices_stride_b, extra_indices_stride_s, 1), "int32"
+        ),
+        extra_topk_length: T.Tensor((b,), "int32"),
+        tile_scheduler_metadata: T.Tensor((num_sm_parts, NUM_COLUMNS), "int32"),
+        num_splits: T.Tensor((len_num_splits,), "int32"),
+        out: T.Tensor((b, s_q, h_q, head_dim_v), dtype),
+        softmax_lse: T.Tensor((b, s_q, h_q), accum),
+        out_accum: T.Tensor((max_num_splits, s_q, h_q, head_dim_v), accum),
+        lse_accum_log2: T.Tensor((max_num_splits, s_q, h_q), accum),
+        attn_sink: T.Tensor((len_sink,), accum),
+        softmax_scale_log2: T.float32,
+        lse_scale: T.float32,
+        page_block_size: T.int32,
+        extra_page_block_size: T.int32,
+        has_sink: T.int32,
+    ):
+        # Tiles of a part lie side by side: those of a query read the same tokens.
+        with T.Kernel(T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE) as (
+            part_and_tile,
+            query,
+        ):
+            kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
+            alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
+            inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
+            valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
+            tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
+            full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
+            empty = T.alloc_barrier(EMPTY_ARRIVALS)  # the warps that multiply with a piece of V, or with P, are done
+            p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
+            q_full = T.alloc_barrier([1])
+
+            tx = T.get_thread_binding()
+            head_tiles = T.alloc_var("int32", init=T.ceildiv(h_q, ROWS))
+            line = T.alloc_var("int32", init=T.truncdiv(part_and_tile, head_tiles))
+            part = read_part(tile_scheduler_metadata, line)
+            begin_request = part.begin_request
+            end_request_inclusive = part.end_request_inclusive
+            begin_block = part.begin_block
+            last_end_block = part.end_block
+            T.pdl_trigger()
+            if tx == 0:
+                tile[0] = (part_and_tile - line * head_tiles) * ROWS
+                tile[1] = query
+                tile[2] = line
+            T.sync_threads()
+            t = SimpleNamespace(
+                q=q,
+                q_tile=q_tile,
+                kcache=kcache,
+                extra_kcache=extra_kcache,
+                num_pages=num_pages,
+                extra_num_pages=extra_num_pages,
+                page_block_size=page_block_size,
+                extra_page_block_size=extra_page_block_size,
+                indices=indices,
+                topk_length=topk_length,
+                topk=topk,
+                extra_indices=extra_indices,
+                extra_topk_length=extra_topk_length,
+                extra_topk=extra_topk,
+                num_splits=num_splits,
+                out=out,
+                softmax_lse=softmax_lse,
+                out_accum=out_accum,
+                lse_accum_log2=lse_accum_log2,
+                softmax_scale_log2=softmax_scale_log2,
+                lse_scale=lse_scale,
+                attn_sink=attn_sink,
+                has_sink=has_sink,
+                kv=kv,
+                alpha=alpha,
+                inverse_sum=inverse_sums,
+                valid=valid,
+                tile=tile,
+                full=full,
+                empty=empty,
+                p_full=p_full,
+                q_full=q_full,
+                tx=tx,
+                rows=h_q,
+                head=tile[1],
+                part=read_part(tile_scheduler_metadata, tile[2])._replace(
+                    begin_request=begin_request,
+                    end_request_inclusive=end_request_inclusive,
+                    begin_block=begin_block,
+                    end_block=last_end_block,
+                ),
+            )
+            if tx < WARPGROUP:
+                T.set_max_nreg(roles.score_registers, int(roles.score_registers > 128))
+                score_warpgroup(t)
+            elif tx < 2 * WARPGROUP:
+                T.set_max_nreg(OUTPUT_REGISTERS, 1)
+                left_first = T.alloc_fragment((ROWS, QUARTER), accum)
+                left_second = T.alloc_fragment((ROWS, QUARTER), accum)
+                output_warpgroup(left_first, left_second, 0, LEFT_BARRIER, t)
+            elif tx < 3 * WARPGROUP:
+                T.set_max_nreg(OUTPUT_REGISTERS, 1)
+                right_first = T.alloc_fragment((ROWS, QUARTER), accum)
+                right_second = T.alloc_fragment((ROWS, QUARTER), accum)
+                output_warpgroup(right_first, right_second, HALF, RIGHT_BARRIER, t)
+            else:
+                T.set_max_nreg(roles.producer_registers, 0)
+                producer(t)
+
+        merging = SimpleNamespace(
+            out_accum=out_accum,
+            lse_accum_log2=lse_accum_log2,
+            num_splits=num_splits,
+            out=out,
+            softmax_lse=softmax_lse,
+            attn_sink=attn_sink,
+            has_sink=has_sink,
+            lse_scale=lse_scale,
+        )
+        combine(merging, SimpleNamespace(batch_size=b, num_heads_k=s_q, rows=h_q))
+
+    return Program(mla_sparse_decode, PASS_CONFIG)

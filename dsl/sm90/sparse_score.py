@@ -1,0 +1,231 @@
+"""The score warpgroup of the sparse kernels: S = Q K^T over gathered tokens, the online softmax, and P."""
+
+from typing import Any
+
+import tilelang.language as T
+
+from tilemla.dsl.attention import RUNNING_MAX_START, mask_score
+from tilemla.dsl.sm90.sparse_tile import (
+    ALL_TOKENS,
+    NUM_PIECES,
+    NUM_STAGES,
+    NUM_WARPS,
+    Q_STAGE,
+    WARP,
+    Roles,
+    columns_of_pieces,
+)
+from tilemla.dsl.sm90.tile import (
+    A_REGISTERS,
+    ATOM_BYTES,
+    K_STEP,
+    SCORE_BARRIER,
+    SCORES,
+    SLICE,
+    STAGE_COLUMNS,
+    WARPGROUP,
+    arrive_warp,
+    next_turn,
+    phase_of,
+    stage_of,
+)
+
+_OPERANDS = {"bfloat16": "bf16", "float16": "fp16"}
+_STEPS_PER_ATOM = SLICE // K_STEP
+_STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
+
+
+def _offset(k_step, stage) -> Any:
+    """Of a K step of a stage, in the 16-byte units of a wgmma descriptor."""
+    within = k_step // _STEPS_PER_ATOM * ATOM_BYTES + k_step % _STEPS_PER_ATOM * K_STEP * 2
+    return stage * (_STAGE_BYTES >> 4) + (within >> 4)
+
+
+def make_score_warpgroup(
+    dtype: str,
+    head_dim_qk: int,
+    roles: Roles,
+    softmax: Any,
+    blocks_of: Any,
+    write_sums: Any,
+    *,
+    keeps_max: bool = False,
+) -> Any:
+    """Make the macro ``score_warpgroup(t)``; see ``score`` for the elements that a thread holds.
+
+    Parameters
+    ----------
+    dtype : str
+        Of queries and stages.
+    head_dim_qk : int
+        Columns of a key.
+    roles : Roles
+        How many K steps of Q are held in registers.
+    softmax : SimpleNamespace
+        Of `make_softmax`.
+    blocks_of : callable
+        Of request and t: first block, and one past the last.
+    write_sums : macro
+        ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
+    keeps_max : bool
+        See `make_softmax`.
+    """
+    operand, accum = _OPERANDS[dtype], "float32"
+    q_steps = roles.q_steps
+    # Of each piece, its number, the K steps multiplied from registers (first, count), and those from shared memory.
+    pieces = []
+    for piece, first_column, columns in columns_of_pieces(head_dim_qk, roles):
+        first, end = first_column // K_STEP, (first_column + columns) // K_STEP
+        middle = min(max(q_steps, first), end)
+        pieces.append((piece, first, middle - first, middle, end - middle))
+
+    @T.macro
+    def multiply_registers(scores, q_registers, first, count, keys, stage):
+        T.warpgroup_fence_operand(q_registers, first * A_REGISTERS, count * A_REGISTERS)
+        T.warpgroup_fence_operand(scores, 0, SCORES)
+        T.warpgroup_arrive()
+        for k in T.unroll(count):
+            T.ptx_wgmma_rs(
+                accum,
+                "m64n64k16",
+                True,
+                operand,
+                operand,
+                "fp32",
+                q_registers.data,
+                (first + k) * 2 * A_REGISTERS,
+                keys.data,
+                _offset(first + k, stage),
+                scores.data,
+                0,
+                T.Select(first + k != 0, 1, 0),
+                1,
+                1,
+            )
+        T.warpgroup_commit_batch()
+        T.warpgroup_fence_operand(scores, 0, SCORES)
+        T.warpgroup_fence_operand(q_registers, first * A_REGISTERS, count * A_REGISTERS)
+
+    @T.macro
+    def multiply_shared(scores, first, count, keys, stage):
+        T.warpgroup_fence_operand(scores, 0, SCORES)
+        T.warpgroup_arrive()
+        for k in T.unroll(count):
+            T.ptx_wgmma_ss(
+                accum,
+                "m64n64k16",
+                True,
+                True,
+                operand,
+                operand,
+                "fp32",
+                keys.data,
+                _offset(first + k, Q_STAGE),
+                keys.data,
+                _offset(first + k, stage),
+                scores.data,
+                0,
+                T.Select(first + k != 0, 1, 0),
+                1,
+                1,
+            )
+        T.warpgroup_commit_batch()
+        T.warpgroup_fence_operand(scores, 0, SCORES)
+
+    @T.macro
+    def load_q(request, t):
+        if t.tx < WARP:
+            T.tma_copy(
+                t.q_tile(request, t),
+                t.kv[Q_STAGE, :, 0:head_dim_qk],
+                barrier=t.q_full[0],
+                leader_scope_threads=WARP,
+            )
+            arrive_warp(t.q_full, 0, t.tx)
+
+    @T.macro
+    def take_q(q_registers, row, column, t):
+        # A thread's share of an m64k16 operand: pairs at two rows 8 apart and at two columns 8 apart.
+        for k in T.unroll(q_steps):
+            for e in T.unroll(A_REGISTERS):
+                for v in T.vectorized(2):
+                    q_registers[(k * A_REGISTERS + e) * 2 + v] = t.kv[
+                        Q_STAGE, row + e % 2 * 8, k * K_STEP + e // 2 * 8 + column + v
+                    ]
+
+    @T.macro
+    def mask(scores, stage, column, t):
+        words = T.alloc_local((NUM_WARPS,), "int32")
+        for w in T.vectorized(NUM_WARPS):
+            words[w] = t.valid[stage, w]
+        if T.bitwise_and(T.bitwise_and(words[0], words[1]), T.bitwise_and(words[2], words[3])) != ALL_TOKENS:
+            for w in T.unroll(NUM_WARPS):
+                bits = T.alloc_var("int32", init=T.shift_right(words[w], column))
+                for e in T.unroll(SCORES // NUM_WARPS):
+                    scores[w * (SCORES // NUM_WARPS) + e] = mask_score(
+                        scores[w * (SCORES // NUM_WARPS) + e],
+                        T.bitwise_and(bits, T.shift_left(1, e // 4 * 8 + e % 2)) != 0,
+                    )
+
+    @T.macro
+    def score_warpgroup(t):
+        q_registers = T.alloc_local((max(q_steps, 1) * 2 * A_REGISTERS,), dtype)
+        scores = T.alloc_local((SCORES,), accum)
+        running_max = T.alloc_local((2,), accum)
+        row_sum = T.alloc_local((2,), accum)  # over this thread's columns until the request ends
+        turn = T.alloc_var("int32", init=0)
+        q_phase = T.alloc_var("int32", init=0)
+        row = t.tx // WARP * 16 + t.tx % WARP // 4
+        column = t.tx % 4 * 2
+        keys = T.alloc_wgmma_desc()
+        T.initialize_wgmma_descriptor(keys, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)  # 128-byte swizzle
+        if t.part.begin_request <= t.part.end_request_inclusive:
+            load_q(t.part.begin_request, t)
+        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
+            bounds = blocks_of(request, t)
+            begin = T.alloc_var("int32", init=bounds.begin)
+            end = T.alloc_var("int32", init=bounds.end)
+            for half in T.unroll(2):
+                running_max[half] = RUNNING_MAX_START
+                if keeps_max:
+                    t.true_max[half] = -T.infinity(accum)
+                row_sum[half] = 0
+            T.barrier_wait(t.q_full[0], q_phase)
+            q_phase = q_phase ^ 1
+            if q_steps > 0:
+                take_q(q_registers, row, column, t)
+            if begin >= end:
+                # Nothing is multiplied with this Q.
+                T.sync_threads(SCORE_BARRIER, WARPGROUP)
+                if request < t.part.end_request_inclusive:
+                    load_q(request + 1, t)
+            for block in T.serial(begin, end):
+                stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
+                phase = T.alloc_var("int32", init=phase_of(turn, NUM_STAGES))
+                for piece, first, count, first_shared, count_shared in pieces:
+                    T.barrier_wait(t.full[stage * NUM_PIECES + piece], phase)
+                    # Here and not in the producer, whose threads it would have wait for all that they load ahead.
+                    T.fence_proxy_async()
+                    if count > 0:
+                        multiply_registers(scores, q_registers, first, count, keys, stage)
+                    if count_shared > 0:
+                        multiply_shared(scores, first_shared, count_shared, keys, stage)
+                T.wait_wgmma(0)
+                # Every warp is through with the columns where P goes, and with Q.
+                T.sync_threads(SCORE_BARRIER, WARPGROUP)
+                if (block == end - 1) & (request < t.part.end_request_inclusive):
+                    load_q(request + 1, t)
+                mask(scores, stage, column, t)
+                softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
+                if block == end - 1:
+                    softmax.normalise(request, stage, row, row_sum, running_max, t)
+                T.fence_proxy_async()
+                T.sync_warp()
+                arrive_warp(t.p_full, stage, t.tx)
+                turn = next_turn(turn, NUM_STAGES)
+            if t.tx % 4 == 0:
+                for half in T.unroll(2):
+                    if t.tile[0] + row + half * 8 < t.rows:
+                        write_sums(request, t.tile[0] + row + half * 8, half, row_sum, running_max, t)
+
+    return score_warpgroup

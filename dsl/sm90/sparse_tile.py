@@ -1,0 +1,106 @@
+"""Sizes of the sparse kernels' tile, the ring of their stages, and a request's blocks.
+
+Four warpgroups: scores, left half of the output, right half, and a producer that gathers the tokens of a block one by
+one. Q stays where it is for a whole request, in a stage of its own; two more are a ring of blocks.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import tilelang.language as T
+
+from tilemla.dsl.schedule import BLOCK_N, count_blocks, first_block
+from tilemla.dsl.sm90.tile import HALF, WARPGROUP
+
+NUM_STAGES = 2
+Q_STAGE = NUM_STAGES
+NUM_THREADS = 4 * WARPGROUP
+OUTPUT_REGISTERS = 160
+QUARTER = HALF // 2  # output columns of an accumulator, of which an output warpgroup has two
+
+# A block comes in pieces, the last one with the rope part: each has a barrier, so that the scores start when the first
+# one is there.
+NUM_PIECES = 4
+# The quarters of the output are freed one by one: by each output warpgroup the one of its first accumulator before that
+# of the second. The last piece holds P, too, which both read.
+PIECES_AS_FREED = (0, 2, 1, 3)
+
+WARP = 32
+NUM_WARPS = WARPGROUP // WARP  # of the producer
+TOKENS_PER_WARP = BLOCK_N // NUM_WARPS
+ALL_TOKENS = 2**TOKENS_PER_WARP - 1  # a warp's word of the mask when each of its tokens is valid
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """How the registers of the SM are shared, 512 among a thread of each warpgroup.
+
+    Parameters
+    ----------
+    score_registers, producer_registers : int
+        Of a thread; each output warpgroup has 160.
+    q_steps : int
+        K steps of Q that the score warpgroup holds in registers, four each: every one spares reading Q's columns from
+        shared memory again for each block.
+    copies_arrive : bool
+        Whether the producer's asynchronous copies arrive at the barrier of a piece, each thread's. Otherwise its warps
+        do, when what they stored is there for wgmma.
+    pieces : tuple of int
+        Their first columns.
+    prefetches : bool
+        Whether a block's tokens are asked into L2 while the block before is gathered.
+    """
+
+    score_registers: int
+    producer_registers: int
+    q_steps: int
+    copies_arrive: bool
+    pieces: tuple[int, ...]
+    prefetches: bool = True
+
+    @property
+    def full_arrivals(self) -> list[int]:
+        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives."""
+        if self.copies_arrive:
+            return ([WARPGROUP] * (NUM_PIECES - 1) + [WARPGROUP + NUM_WARPS]) * NUM_STAGES
+        return [NUM_WARPS] * NUM_PIECES * NUM_STAGES
+
+
+# Warps at the barriers of what an output warpgroup frees, a piece at a time.
+EMPTY_ARRIVALS = ([NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]) * NUM_STAGES
+
+ROLES = {
+    "dense": Roles(
+        score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True, pieces=(0, 128, 256, 384)
+    ),
+    "fp8_656": Roles(
+        score_registers=104, producer_registers=88, q_steps=4, copies_arrive=False, pieces=(0, 128, 256, 384)
+    ),
+    "fp8_584": Roles(
+        score_registers=104, producer_registers=88, q_steps=4, copies_arrive=False, pieces=(0, 64, 192, 320)
+    ),
+}
+
+
+def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, int]]:
+    """The pieces of a block as they come: number, first column and columns."""
+    ends = (*roles.pieces[1:], head_dim_qk)
+    order = PIECES_AS_FREED if roles.copies_arrive else range(NUM_PIECES)
+    return [(i, roles.pieces[i], ends[i] - roles.pieces[i]) for i in order]
+
+
+def count_main_blocks(request, t) -> Any:
+    """Blocks of a request's own list, int32; those of the extra list follow, and no block holds tokens of both."""
+    return count_blocks(T.min(t.topk_length[request], t.topk), BLOCK_N)
+
+
+def blocks_of_request(request, t) -> Any:
+    """A request's blocks within the part: the first, one past the last, and how many are of its own list, int32."""
+    main = count_main_blocks(request, t)
+    extra = count_blocks(T.min(t.extra_topk_length[request], t.extra_topk), BLOCK_N)
+    return SimpleNamespace(
+        begin=first_block(t.part, request),
+        end=T.if_then_else(request == t.part.end_request_inclusive, t.part.end_block, main + extra),
+        main=main,
+    )
