@@ -11,7 +11,7 @@ from tilemla import sparse_operators  # noqa: F401  # torch.ops.tilemla
 from tilemla.launch import module_of_kind
 from tilemla.options import check_attn_sink
 from tilemla.plan import log2_scale
-from tilemla.sparse import constant
+from tilemla.sparse import constant, no_sink
 from tilemla.sparse_validate import (
     check_indices,
     check_lengths,
@@ -112,7 +112,7 @@ def flash_mla_sparse_fwd(
             out,
             max_logits,
             lse,
-            torch.empty((1,), dtype=torch.float32, device=q.device) if sink is None else sink,
+            no_sink(q.device) if sink is None else sink,
             log2_scale(sm_scale, head_dim_qk),
             int(sink is not None),
         )

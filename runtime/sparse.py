@@ -83,6 +83,12 @@ def constant(device: torch.device, count: int, value: int) -> torch.Tensor:
     return make(device, count, value)
 
 
+@functools.lru_cache(maxsize=64)
+def no_sink(device: torch.device) -> torch.Tensor:
+    """What kernels are given in place of sinks that there are none of; never read."""
+    return torch.empty((1,), dtype=torch.float32, device=device)
+
+
 @functools.lru_cache(maxsize=256)
 def _make_constant(device: torch.device, count: int, value: int) -> torch.Tensor:
     return torch.full((count,), value, dtype=torch.int32, device=device)
@@ -139,7 +145,7 @@ def decode_chosen(
         tile_scheduler_metadata, num_splits, chosen, extra, config, by_length=options.batch_invariant
     )
     if out is None:
-        out = q.new_empty((batch_size, seq_len_q, num_heads_q, head_dim_v), requires_grad=False)
+        out = torch.empty((batch_size, seq_len_q, num_heads_q, head_dim_v), dtype=q.dtype, device=device)
     # Written with a query's heads side by side, as upstream.
     in_place = softmax_lse is not None and has_heads_side_by_side(softmax_lse)
     lse = softmax_lse.detach().transpose(1, 2) if in_place else None
@@ -200,7 +206,7 @@ def _run(
         lse,
         workspace.out_accum,
         workspace.lse_accum_log2,
-        torch.empty((1,), dtype=torch.float32, device=device) if attn_sink is None else attn_sink,
+        no_sink(device) if attn_sink is None else attn_sink,
         *scales,
         chosen.page_block_size,
         chosen.page_block_size if extra is None else extra.page_block_size,

@@ -1,5 +1,6 @@
 """Calls with indices as the callers of FlashMLA make them."""
 
+import shutil
 import sys
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 import tilemla
 from reference import check_result, chosen_reference
-from sparse_cases import List, SparseCase, make_sparse_inputs, require_kernel, sparse_reference
+from sparse_cases import List, SparseCase, decode_sparse, make_sparse_inputs, require_kernel, sparse_reference
+from tilemla import launch, loader
+from tilemla.loader import ensure_module
+from tilemla.spec import KernelSpec
 
 # What a server has: pages of 64, as many heads as a GPU of eight gets.
 CASE = SparseCase(batch_size=3, seq_len_q=2, num_heads_q=16, main=List(topk=192, num_pages=6, page_block_size=64))
@@ -141,6 +145,34 @@ def test_upstream_by_position_through_the_alias(inputs, monkeypatch):
             None,
         )
         check_result(out, lse, sparse_reference(CASE, inputs))
+
+
+BYTES = KernelSpec(arch="cpu", kv_format="fp8_656", page_block_size=0, kernel="mla_sparse_decode")
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The folder of the module that these calls need."""
+    return ensure_module(BYTES).entry.directory
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_one_module_serves_what_it_can_plan(built, serving_machine, inputs, monkeypatch, tmp_path):
+    """Where nothing is generated and no module for dense decode is built."""
+    shutil.copytree(built, tmp_path / "modules" / built.name)
+    monkeypatch.setenv("TILEMLA_MODULE_PATH", str(tmp_path / "modules"))
+    for owner, name in ((launch, "_kernels"), (launch, "_modules"), (launch, "_of_kind"), (loader, "_loaded")):
+        monkeypatch.setattr(owner, name, {})
+    lengths = torch.ones(3, dtype=torch.int32)
+    expected = sparse_reference(CASE, inputs)
+    for schedule in (tilemla.get_mla_metadata(lengths, 2 * 16, 1, 16, True, 192), tilemla.get_mla_metadata()):
+        check_result(*decode_sparse(CASE, inputs, schedule), expected)
+    check_result(*decode_sparse(CASE, inputs, (None, None), batch_invariant=True), expected)
+    assert loader.loaded_specs() == (BYTES,)
+    with pytest.raises(NotImplementedError, match="--kernel mla_decode --arch cpu --dtype bfloat16 --kv-format dense"):
+        k_cache = torch.zeros((1, 64, 1, 576), dtype=torch.bfloat16)
+        table = torch.zeros((3, 1), dtype=torch.int32)
+        tilemla.flash_mla_with_kvcache(inputs.q, k_cache, table, lengths, 512, tilemla.get_mla_metadata()[0])
 
 
 @pytest.mark.gpu
