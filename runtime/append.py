@@ -25,7 +25,7 @@ def append_k_cache(latent: torch.Tensor, k_cache: torch.Tensor, slot_mapping: to
     ----------
     latent : Tensor, (num_tokens, head_dim), bfloat16
         Keys: 576 elements for a cache of 656 bytes a token, 512 for one of 584. The last 64 are kept in bfloat16. Of
-        any stride between tokens.
+        any stride between tokens; on a GPU, address and stride must be multiples of 16 bytes.
     k_cache : Tensor, (num_blocks, page_block_size, 1, bytes of a token), float8_e4m3fn, uint8 or int8
         As ``quantize_k_cache`` returns it, pages any distance apart.
     slot_mapping : Tensor, (num_tokens,), int64
@@ -51,6 +51,11 @@ def append_k_cache(latent: torch.Tensor, k_cache: torch.Tensor, slot_mapping: to
         raise NotImplementedError(f"latent must be bfloat16, got {describe(latent)}")
     if latent.stride(1) != 1:
         raise ValueError(f"latent must have stride 1 in its last dimension, got strides {latent.stride()}")
+    if latent.is_cuda and (latent.data_ptr() % 16 or (num_tokens > 1 and latent.stride(0) % 8)):
+        raise ValueError(
+            f"latent must start at a multiple of 16 bytes, with strides that are multiples of 8 elements (16 bytes), "
+            f"got address {latent.data_ptr():#x} and strides {latent.stride()}; make it contiguous or pad its rows"
+        )
     kv_format = FP8_FORMATS[head_dim]
     check_one_head("k_cache", k_cache, latent.device, "latent")
     check_byte_cache("k_cache", k_cache, kv_format, f"latent has {FP8_LAYOUTS[kv_format].head_dim} elements a token")
