@@ -86,7 +86,9 @@ def test_list_tells_a_module_that_lacks_a_program(store):
     entry = make_entry(store, BF16)
     manifest = entry / f"{BF16.name}.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"programs": ["mla_decode"]}))
-    assert listed()[1][entry]["why"].endswith("lacks get_mla_metadata, get_batch_invariant_metadata, merge_states")
+    assert listed()[1][entry]["why"].endswith(
+        "lacks get_mla_metadata, get_batch_invariant_metadata, mla_decode_plain, merge_states"
+    )
 
 
 def test_list_tells_what_is_unmet(store):

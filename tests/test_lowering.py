@@ -167,7 +167,8 @@ def test_appending_is_a_warp_for_a_tile(kv_format, head_dim_qk, tmp_path):
     assert (kernel.threads, kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (128, 0, 0, 0)
     ptx = text_of(entry, "append_kv.ptx")
     check_ptx(ptx)
-    assert len(re.findall(r"shfl\.sync\.bfly", ptx)) == 5 and "bar.sync" not in ptx
+    # The largest magnitude of a tile in five exchanges, once or unrolled; warps do not wait for each other.
+    assert len(re.findall(r"shfl\.sync\.bfly", ptx)) in (5, 10) and "bar.sync" not in ptx
 
 
 @pytest.mark.parametrize("spec", BENCHMARK_SPECS, ids=lambda spec: spec.name)
