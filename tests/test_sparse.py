@@ -12,6 +12,7 @@ import tilemla
 from reference import check_result, check_schedule
 from schedules import spread_schedule
 from sparse_cases import List, SparseCase, decode_sparse, make_sparse_inputs, num_tokens_of, sparse_reference
+from tilemla.launch import num_sms_of
 
 # Every format, and of dense caches every dtype and head dim in some module.
 FORMATS = {
@@ -253,7 +254,8 @@ def test_a_schedule_fills_itself_in_and_is_reused(device):
     first = decode_sparse(LENGTHS, inputs, schedule)
     sched_meta = schedule[0]
     assert sched_meta.have_initialized and sched_meta.config.topk == 200 and sched_meta.config.extra_topk == 70
-    assert sched_meta.tile_scheduler_metadata.shape == (4, 8)  # 8 SMs, two queries, a tile of heads each
+    parts = num_sms_of(device) // 2  # two queries, a tile of heads each
+    assert sched_meta.tile_scheduler_metadata.shape == (parts, 8)
     tensors = (t.cpu().numpy() for t in (sched_meta.tile_scheduler_metadata, sched_meta.num_splits))
     check_schedule(*tensors, num_tokens_of(LENGTHS))
     made = sched_meta.tile_scheduler_metadata
@@ -284,9 +286,10 @@ def test_a_schedule_of_another_call_is_refused(device, changes):
         decode_sparse(other, make_sparse_inputs(other).to(device), schedule)
 
 
-def test_a_schedule_of_other_lengths_is_refused(device):
+def test_a_schedule_of_other_lengths_is_refused():
+    """On a CPU: to look at a GPU's schedule would be to wait for it."""
     schedule = tilemla.get_mla_metadata()
-    inputs = make_sparse_inputs(LENGTHS).to(device)
+    inputs = make_sparse_inputs(LENGTHS)
     decode_sparse(LENGTHS, inputs, schedule)
     inputs.main.lengths[0] = 65
     with pytest.raises(ValueError, match="must be a schedule for these cache_seqlens"):
@@ -299,17 +302,18 @@ def test_plans_with_arguments(device):
     inputs = make_sparse_inputs(case).to(device)
     lengths = torch.tensor([5, 0, 10000, 7], dtype=torch.int32, device=device)
     metadata, splits = tilemla.get_mla_metadata(lengths, 2 * 20, 1, 20, True, 200)
-    assert metadata.shape == (4, 8)
+    assert metadata.shape == (num_sms_of(device) // 2, 8)
     check_schedule(metadata.cpu().numpy(), splits.cpu().numpy(), [256] * 4)
     expected = sparse_reference(case, inputs)
     check_result(*decode_sparse(case, inputs, (metadata, splits)), expected)
     check_result(*decode_sparse(case, inputs, (metadata, None)), expected)
     by_tokens, _ = tilemla.get_mla_metadata(lengths, 2 * 20, 1, topk=200)
-    assert by_tokens.shape == (8, 8)
+    assert by_tokens.shape == (num_sms_of(device), 8)
     with pytest.raises(ValueError, match="num_heads_q must be a multiple .* got 21"):
         tilemla.get_mla_metadata(lengths, 2 * 20, 1, 21, True, 200)
-    with pytest.raises(ValueError, match="must be a schedule for these"):
-        decode_sparse(case, inputs, tilemla.get_mla_metadata(lengths, 2 * 20, 1, 20, True, 100))
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="must be a schedule for these"):
+            decode_sparse(case, inputs, tilemla.get_mla_metadata(lengths, 2 * 20, 1, 20, True, 100))
 
 
 @by_format
