@@ -139,7 +139,7 @@ def test_missing_module_in_a_serving_image(server):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"tilemla.errors.ModuleNotBuiltError: {CPU_FP16.name} is not built")
-    assert "tilemla-modules-cpu" in last and "tilemla build --arch cpu --dtype float16" in last
+    assert "tilemla-modules-cpu" in last and f"tilemla build {CPU_FP16.build_options} " in last
     assert not server.cache_dir.exists()
 
 
