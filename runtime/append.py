@@ -13,7 +13,7 @@ from tilemla.launch import module_of_kind
 from tilemla.sparse_validate import FP8_FORMATS, check_byte_cache, check_one_head, pages_of
 from tilemla.spec import HEAD_DIMS
 from tilemla.streams import on_device
-from tilemla.validate import check_tensor, describe
+from tilemla.validate import TMA_ALIGNMENT_BYTES, TMA_ALIGNMENT_ELEMENTS, check_tensor, describe
 
 _HEAD_DIMS_V = dict(HEAD_DIMS)
 
@@ -51,10 +51,12 @@ def append_k_cache(latent: torch.Tensor, k_cache: torch.Tensor, slot_mapping: to
         raise NotImplementedError(f"latent must be bfloat16, got {describe(latent)}")
     if latent.stride(1) != 1:
         raise ValueError(f"latent must have stride 1 in its last dimension, got strides {latent.stride()}")
-    if latent.is_cuda and (latent.data_ptr() % 16 or (num_tokens > 1 and latent.stride(0) % 8)):
+    is_aligned = not latent.data_ptr() % TMA_ALIGNMENT_BYTES
+    if latent.is_cuda and not (is_aligned and (num_tokens < 2 or not latent.stride(0) % TMA_ALIGNMENT_ELEMENTS)):
         raise ValueError(
-            f"latent must start at a multiple of 16 bytes, with strides that are multiples of 8 elements (16 bytes), "
-            f"got address {latent.data_ptr():#x} and strides {latent.stride()}; make it contiguous or pad its rows"
+            f"latent must start at a multiple of {TMA_ALIGNMENT_BYTES} bytes, with strides that are multiples of "
+            f"{TMA_ALIGNMENT_ELEMENTS} elements, got "
+            f"address {latent.data_ptr():#x} and strides {latent.stride()}; make it contiguous or pad its rows"
         )
     kv_format = FP8_FORMATS[head_dim]
     check_one_head("k_cache", k_cache, latent.device, "latent")
