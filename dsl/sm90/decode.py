@@ -3,7 +3,8 @@
 A CTA of three warpgroups walks the requests of one part of the schedule, for one tile of 64 query rows and one KV head:
 
 - the score warpgroup multiplies Q, most of which it holds in registers, with a page, takes the online softmax and hands
-  P over through the rope columns of the page's stage, which are dead by then (`score`);
+  P over through the rope columns of the page's stage, which are dead by then (`score`); it also says when the combine
+  kernel may be launched;
 - two output warpgroups multiply P with the left and the right 256 columns of the page and hold the output tile
   (`output`);
 - one warp of the right output warpgroup issues every TMA load, three items ahead (`load`).
@@ -132,7 +133,6 @@ def make_decode_program(spec, config) -> Program:
             end_request_inclusive = T.Select(part_index < num_sm_parts, part.end_request_inclusive, -1)
             begin_block = part.begin_block
             last_end_block = part.end_block
-            T.pdl_trigger()
             if tx == 0:
                 tile[0] = row_tile * ROWS
                 tile[1] = layer_head
