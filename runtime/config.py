@@ -1,4 +1,4 @@
-"""What a module is tuned by: constants of its kernels that change no result. Standard library only."""
+"""What a module is tuned by: constants of its kernels that change nothing but rounding. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tilemla.spec import KernelSpec
 
-_LOADS_AHEAD = (4, 8, 16, 32)
+_SPLITS_AHEAD = (2, 4, 8)  # more spill
 _MOST_GROUPS_LEFT = 3
 _INT32_MAX = 2**31 - 1
 # Architectures whose modules may have another configuration than the default.
@@ -32,20 +32,20 @@ class KernelConfig:
         P of a block is announced when this many wgmma groups of the next block's scores are still to come. The tensor
         cores then have P V of a block to work on while the score warpgroup is in the softmax of the next.
     full_grid : int
-        Rows of a batch from which on the combine kernel gives a row a warp, not a CTA: launching CTAs would become the
-        cost.
-    loads_ahead : int
-        16-byte loads of a combine kernel's lane that are under way at once: a serial loop would wait for L2 at each.
+        Warps of the combine kernel, four to a row, from which on a row gets one: waves of CTAs would become the cost.
+    splits_ahead : int
+        Splits that a warp of the combine kernel loads at once, since it would else wait for L2 at each, and sums up in
+        one piece. Another number rounds results otherwise.
     """
 
     short_piece: int = 16
     groups_left_at_handover: int = 1
     full_grid: int = 4096
-    loads_ahead: int = 16
+    splits_ahead: int = 8
 
     @property
     def name(self) -> str:
-        """``"default"``, or the fields that differ from the default, such as ``"short_piece8-loads_ahead32"``."""
+        """``"default"``, or the fields that differ from the default, such as ``"short_piece8-splits_ahead4"``."""
         changed = [f"{name}{value}" for name, value in self.changes().items()]
         return "-".join(changed) or "default"
 
@@ -81,8 +81,8 @@ class KernelConfig:
             return f"groups_left_at_handover must be 0 to {_MOST_GROUPS_LEFT}, got {self.groups_left_at_handover}"
         if not 0 <= self.full_grid <= _INT32_MAX:
             return f"full_grid must be 0 to {_INT32_MAX}, got {self.full_grid}"
-        if self.loads_ahead not in _LOADS_AHEAD:
-            return f"loads_ahead must be one of {', '.join(map(str, _LOADS_AHEAD))}, got {self.loads_ahead}"
+        if self.splits_ahead not in _SPLITS_AHEAD:
+            return f"splits_ahead must be one of {', '.join(map(str, _SPLITS_AHEAD))}, got {self.splits_ahead}"
         return None
 
     def to_dict(self) -> dict[str, int]:

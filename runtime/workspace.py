@@ -88,9 +88,10 @@ class Scratch:
 
     def take(self) -> Workspace:
         """Memory for one call on the current stream of the device, which must be the current one."""
-        if self._index is None or is_capturing():
+        stream = raw_stream(self._index) if self._index is not None else 0
+        # The default stream, 0, cannot be captured: the driver need not be asked.
+        if self._index is None or (stream and is_capturing()):
             return Workspace(self._device, self.max_num_splits, *self._geometry)
-        stream = raw_stream(self._index)
         workspace = self._by_stream.get(stream)
         if workspace is None or workspace.max_num_splits < self.max_num_splits:
             step = min(max(_STEP_BYTES // (4 * math.prod(self._geometry)), 1), _SPLITS_STEP)

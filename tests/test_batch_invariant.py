@@ -100,3 +100,21 @@ def test_neighbours_change_no_bit(device, dtype, window):
         result = run(requests, max_tokens)
         assert torch.equal(result.out.view(torch.int16), batch.out[requests].view(torch.int16))
         assert torch.equal(result.lse.view(torch.int32), batch.lse[requests].view(torch.int32))
+
+
+@pytest.mark.parametrize("pieces", [2, 9, 40])
+def test_however_many_rows_are_merged(device, pieces):
+    """A combine kernel for sm_90a shares a row between sixteen warps, four or one, by the rows that there are."""
+    lengths = (64 * pieces, *[70] * 63)
+    inputs = make_inputs(Case(lengths=lengths, num_heads_q=16)).to(device)
+
+    def run(n):
+        of = type(inputs)(inputs.q[:n], inputs.k_cache, inputs.block_table[:n], inputs.cache_seqlens[:n])
+        return decode(of, schedule=make_schedule(device, lengths[:n], pieces, 1))
+
+    batch = run(64)  # 1024 rows
+    check_result(batch.out, batch.lse, reference_of(inputs))
+    for n in (1, 20):
+        result = run(n)
+        assert torch.equal(result.out.view(torch.int16), batch.out[:n].view(torch.int16))
+        assert torch.equal(result.lse.view(torch.int32), batch.lse[:n].view(torch.int32))

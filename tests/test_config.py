@@ -25,7 +25,7 @@ def test_the_default_is_valid_everywhere(spec):
         (SM90, dict(short_piece=-1), "short_piece must be 0 to 2147483647, got -1"),
         (SM90, dict(groups_left_at_handover=4), "groups_left_at_handover must be 0 to 3, got 4"),
         (SM90, dict(full_grid=2**31), "full_grid must be 0 to 2147483647, got 2147483648"),
-        (SM90, dict(loads_ahead=12), "loads_ahead must be one of 4, 8, 16, 32, got 12"),
+        (SM90, dict(splits_ahead=12), "splits_ahead must be one of 2, 4, 8, got 12"),
         (CPU, dict(short_piece=8), "short_piece must be left at the default: cpu kernels are not tuned"),
         (READING, dict(short_piece=8), "short_piece must be left at the default: read_pages kernels are not tuned"),
     ],
@@ -41,8 +41,8 @@ def test_what_is_invalid_says_why_and_is_neither_tried_nor_built(spec, changes, 
 
 
 def test_a_configuration_comes_back_from_its_fields():
-    config = KernelConfig(short_piece=8, loads_ahead=32)
-    assert config.name == "short_piece8-loads_ahead32"
+    config = KernelConfig(short_piece=8, splits_ahead=4)
+    assert config.name == "short_piece8-splits_ahead4"
     assert KernelConfig.from_dict(config.to_dict()) == config
     assert KernelConfig.from_dict({"short_piece": 8}) == KernelConfig(short_piece=8), "a field that came later"
     for fields, reason in (
@@ -65,13 +65,13 @@ def test_configurations_are_tried_one_field_at_a_time():
 
 
 def test_what_is_named_is_tried_with_each_other_and_nothing_else_is():
-    values = parse_parameters(["short_piece=8,16,8", "loads_ahead=16,32"])
-    assert values == {"short_piece": (8, 16), "loads_ahead": (16, 32)}
+    values = parse_parameters(["short_piece=8,16,8", "splits_ahead=8,4"])
+    assert values == {"short_piece": (8, 16), "splits_ahead": (8, 4)}
     assert [config.name for config in list_configs(SM90, values)] == [
         "default",
         "short_piece8",
-        "short_piece8-loads_ahead32",
-        "loads_ahead32",
+        "short_piece8-splits_ahead4",
+        "splits_ahead4",
     ]
     assert list_costs(values) == []
     values = parse_parameters(["overhead=1,4"])

@@ -23,7 +23,7 @@ from tilemla.tuning.trial import read_trials
 from tilemla.tuning.variants import Variant, build_variants, find_variants
 
 CPU = KernelSpec(arch="cpu")
-FAST, OTHER = KernelConfig(short_piece=8), KernelConfig(loads_ahead=32)
+FAST, OTHER = KernelConfig(short_piece=8), KernelConfig(splits_ahead=4)
 DEVICE = torch.device("cpu")
 CASE = GridCase(1, 512, 16, 1)
 TINY = ["--arch", "cpu", "--match", "L256 h16k1 s1", "--rounds", "2", "--rep-ms", "1"]
@@ -49,7 +49,7 @@ def test_the_plan_is_listed_and_nothing_is_done(tmp_path):
     for line in (
         "mla_decode_sm_90a_bf16_",
         "  default\n",
-        "  loads_ahead32\n",
+        "  splits_ahead4\n",
         "175 combinations",
         "tune: b1 L1024 h16k1",
     ):

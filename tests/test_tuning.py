@@ -25,7 +25,7 @@ from tilemla.tuning.trial import Trial, append_trial, read_trials
 from trials import DEEP, LATER, RUN, WHOLE, Clock, trial_of, turn_of
 
 FAST = KernelConfig(short_piece=8)
-OTHER = KernelConfig(loads_ahead=32)
+OTHER = KernelConfig(splits_ahead=4)
 CHEAP = ScheduleCosts(1, 8, 0)
 EVIDENCE = Evidence("x", 1.2, 0.01, 1.1, 3, "1-3,7")
 TABLE = Table(
@@ -138,7 +138,7 @@ def test_a_line_that_is_no_trial_is_named(tmp_path, changes, reason):
 def test_lines_of_other_configurations_can_be_read(tmp_path):
     """Constants come and go; a log stays."""
     fields = trial_of((1.0,), config=FAST).to_dict()
-    del fields["config"]["loads_ahead"]
+    del fields["config"]["splits_ahead"]
     (tmp_path / "log.jsonl").write_text(json.dumps(fields | {"config": fields["config"] | {"gone": 1}}) + "\n")
     assert read_trials(tmp_path / "log.jsonl") == [trial_of((1.0,), config=FAST)]
 
@@ -304,7 +304,7 @@ BAD_TABLES = [
     (changed(speed=9), "a table has no field speed"),
     (changed(gpu=7), "gpu must be a string, got 7"),
     (changed(config={"speed": 9}), "config has no field 'speed'"),
-    (changed(config=KernelConfig(loads_ahead=5).to_dict()), "config: loads_ahead must be one of .*, got 5"),
+    (changed(config=KernelConfig(splits_ahead=5).to_dict()), "config: splits_ahead must be one of .*, got 5"),
     (changed(spec={"arch": "sm_90a", "speed": 1}), "spec has no field 'speed'"),
     (changed(costs={"tiny": {}}), "a class must be one of part_tile/alone, .*, got 'tiny'"),
     (changed(costs={"part_tile/alone": {}}), "the field 'costs' is missing"),

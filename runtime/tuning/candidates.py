@@ -15,7 +15,7 @@ CONFIG_VALUES: dict[str, tuple[int, ...]] = {
     "short_piece": (0, 8, 32, 64, 2**20),
     "groups_left_at_handover": (0, 2),
     "full_grid": (1024, 16384),
-    "loads_ahead": (8, 32),
+    "splits_ahead": (2, 4),
 }
 # Values that are tried with each other: costs are arguments of a call, and most lead to a schedule that others lead to.
 COST_VALUES: dict[str, tuple[int, ...]] = {
