@@ -209,6 +209,7 @@ class _HostWalk:
         self.kernels = {var.name_hint: func for var, func in device_mod.functions.items()}
         self.pointers = {arg.data_name for arg in args if isinstance(arg, BufferArg)}
         self.tensor_maps: list[TensorMap] = []
+        self.map_names: dict[Any, str] = {}  # unique: boxes of different widths make several maps of one argument
         self.launches: list[KernelLaunch] = []
         self.bindings: dict[Any, Any] = {}
 
@@ -265,10 +266,18 @@ class _HostWalk:
         if len(modes) != 4:
             raise BuildError(f"{self.program}: tensor map {name} has {len(args)} operands, expected {8 + 4 * rank}")
         dims, strides, box, steps = groups
+        if name in self.map_names.values():
+            name = f"{name}_{len(self.tensor_maps)}"
+        self.map_names[args[0]] = name
         self.tensor_maps.append(TensorMap(name, address.name, dtype_code, dims, strides, box, steps, *modes))
 
     def _typed_args(self, kernel: str, args: list[Any]) -> tuple[tuple[Any, str], ...]:
-        return tuple((arg, _c_type(param)) for arg, param in zip(args, self.kernels[kernel].params, strict=True))
+        typed = []
+        for arg, param in zip(args, self.kernels[kernel].params, strict=True):
+            c_type = _c_type(param)
+            is_map = c_type == "tensor_map" and arg in self.map_names
+            typed.append((tirx.Var(self.map_names[arg], "handle") if is_map else arg, c_type))
+        return tuple(typed)
 
     def _add_call(self, kernel: str, args: list[Any]) -> None:
         self.launches.append(KernelLaunch(kernel, self._typed_args(kernel, args)))

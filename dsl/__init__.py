@@ -81,7 +81,9 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
             "mla_decode_plain": _without_options(decode),
             "merge_states": make_merge_program_cpu(spec),
         }
-    if spec.arch == "sm_90a":
+    if spec.arch == "sm_90a" and spec.kv_format == "dense_fp8":
+        from tilemla.dsl.sm90.e4m3_decode import make_decode_program as make_decode_program_cuda
+    elif spec.arch == "sm_90a":
         from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_cuda
     else:
         from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_cuda

@@ -19,7 +19,7 @@ from tilemla.sparse_validate import (
     check_queries,
     pages_of,
 )
-from tilemla.validate import check_decode_arguments, describe
+from tilemla.validate import check_decode_arguments, check_tma_layout, describe
 
 # The format of bytes that tokens are read in through a block table.
 _KV_FORMAT = "fp8_656"
@@ -117,9 +117,9 @@ def flash_mla_with_kvcache_fp8(
     Parameters
     ----------
     q : Tensor, (batch_size, seq_len_q, num_heads_q, 576), float8_e4m3fn
-        Queries, with stride 1 in the last dimension.
+        Queries, with stride 1 in the last dimension; on a GPU, address and strides must be multiples of 16 bytes.
     k_cache : Tensor, (num_blocks, 64, num_heads_k, 576), float8_e4m3fn
-        Pages of the cache; strides are free but for the last, which is 1.
+        Pages of the cache; strides are free but for the last, which is 1; on a GPU as q's.
     block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale, causal
         As for ``flash_mla_with_kvcache``.
     descale_q, descale_k : Tensor, (1,), float32, optional
@@ -151,8 +151,12 @@ def flash_mla_with_kvcache_fp8(
     if q.dtype is not torch.float8_e4m3fn:
         raise TypeError(f"q must be float8_e4m3fn, got {describe(q)}")
     scales = (check_descale("descale_q", descale_q, q.device), check_descale("descale_k", descale_k, q.device))
+    kernels = kernels_for(q.device, torch.bfloat16, q.shape[3], head_dim_v, k_cache.shape[1], "dense_fp8")
+    if q.device.type != "cpu":
+        k_cache = check_tma_layout("k_cache", k_cache)
+        q = check_tma_layout("q", q)
     return decode_checked(
-        kernels_for(q.device, torch.bfloat16, q.shape[3], head_dim_v, k_cache.shape[1], "dense_fp8"),
+        kernels,
         q.detach().view(torch.uint8),
         k_cache.detach().view(torch.uint8),
         block_table,

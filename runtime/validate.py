@@ -181,13 +181,13 @@ def check_tma_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}; copy it once"
         )
-    strides = tensor.stride()
-    if all(strides) and not (strides[0] | strides[1] | strides[2]) % TMA_ALIGNMENT_ELEMENTS:
+    strides, multiple = tensor.stride(), TMA_ALIGNMENT_BYTES // tensor.element_size()
+    if all(strides) and not (strides[0] | strides[1] | strides[2]) % multiple:
         return tensor
     for size, stride in zip(tensor.shape[:3], strides, strict=False):
-        if size > 1 and (stride % TMA_ALIGNMENT_ELEMENTS or stride == 0):
+        if size > 1 and (stride % multiple or stride == 0):
             raise ValueError(
-                f"{name} must have strides that are positive multiples of {TMA_ALIGNMENT_ELEMENTS} elements "
+                f"{name} must have strides that are positive multiples of {multiple} elements "
                 f"(16 bytes), got strides {strides}; make it contiguous or pad its rows"
             )
     # The stride of a dimension of one element says nothing, but TMA wants a good one.

@@ -114,8 +114,19 @@ def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
     check_ptx(ptx)
     check_ptx(text_of(entry, "get_mla_metadata.ptx"))
     assert re.search(r"cp\.async\.bulk\.tensor\.4d\.shared::(cta|cluster)\.global\.mbarrier", ptx)
-    kind = {"bfloat16": "bf16", "float16": "f16"}[spec.dtype]
+    is_e4m3 = spec.kv_format == "dense_fp8"
+    kind = "f16" if is_e4m3 else {"bfloat16": "bf16", "float16": "f16"}[spec.dtype]
     assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.{kind}\.{kind}", ptx)
+    # Scores are products of the bytes, and values are widened on the way from ldmatrix to wgmma.
+    for instruction in (
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3",
+        "cvt.rn.f16x2.e4m3x2",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+    ):
+        assert (instruction in ptx) == is_e4m3
+    if is_e4m3:  # two boxes of an item, each with a map of its own
+        maps = re.findall(r"encode_tensor_map<4>\(driver, &m_(\w+),", text_of(entry, "launcher"))
+        assert len(set(maps[:5])) == 5 and sum(name.startswith("kcache") for name in maps[:5]) == 2
     assert entry.manifest.kernels
     for kernel in entry.manifest.kernels:
         assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)

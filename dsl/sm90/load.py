@@ -9,6 +9,7 @@ from tilemla.dsl.attention import first_visible_key
 from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.tile import (
     NOT_UNROLLED,
+    NUM_STAGES,
     NUM_THIRDS,
     ROWS,
     SLICE,
@@ -32,6 +33,62 @@ def cursor_size(page_block_size: int) -> int:
     return PAGE + -(-pages // _LANES)
 
 
+def make_walk(
+    config: KernelConfig, read_page_ids: Any, copy_q: Any, copy_block: Any, num_stages: int = NUM_STAGES
+) -> tuple[Any, Any]:
+    """Make the macros ``seek(cursor, t)`` and ``load(stage, parity, cursor, t)`` of the walk over all items.
+
+    Parameters
+    ----------
+    config : KernelConfig
+        Its ``short_piece``.
+    read_page_ids : macro
+        ``(cursor, t)``: those of the block that the cursor is at.
+    copy_q, copy_block : macro
+        ``(stage, cursor, t)`` and ``(stage, eviction_policy, cursor, t)``: the TMA loads of an item.
+    num_stages : int
+        Of the ring.
+    """
+
+    @T.macro
+    def seek(cursor, t):
+        # To the Q tile of the first request from cursor[REQUEST] on that has blocks; past the last one if none has.
+        cursor[END] = 0
+        while (cursor[REQUEST] <= t.part.end_request_inclusive) & (cursor[END] == 0):
+            bounds = begin_and_end(cursor[REQUEST], t)
+            begin = T.alloc_var("int32", init=bounds.begin)
+            end = T.alloc_var("int32", init=bounds.end)
+            if end > begin:
+                cursor[BLOCK] = -1 - begin
+                cursor[END] = end
+                cursor[IS_SHORT] = T.if_then_else(end - begin <= config.short_piece, 1, 0)
+            else:
+                cursor[REQUEST] += 1
+
+    @T.macro
+    def load(stage, parity, cursor, t):
+        assume_stage(stage, num_stages)
+        if cursor[REQUEST] <= t.part.end_request_inclusive:
+            T.barrier_wait(t.empty[stage], parity)
+            if cursor[BLOCK] < 0:
+                copy_q(stage, cursor, t)
+                cursor[BLOCK] = -1 - cursor[BLOCK]
+                read_page_ids(cursor, t)
+            else:
+                if cursor[IS_SHORT] != 0:
+                    copy_block(stage, "evict_first", cursor, t)
+                else:
+                    copy_block(stage, None, cursor, t)
+                cursor[BLOCK] += 1
+                if cursor[BLOCK] < cursor[END]:
+                    read_page_ids(cursor, t)
+                else:
+                    cursor[REQUEST] += 1
+                    seek(cursor, t)
+
+    return seek, load
+
+
 def make_loader(page_block_size: int, head_dim_qk: int, config: KernelConfig) -> tuple[Any, Any]:
     """Make the macros ``seek(cursor, t)`` and ``load(stage, parity, cursor, t)``.
 
@@ -52,21 +109,6 @@ def make_loader(page_block_size: int, head_dim_qk: int, config: KernelConfig) ->
     tuple_of_ids = tuple(range(ids))
     # A load that is not as high as the block is as wide as the swizzle's atom.
     slices = [tuple(range(first, first + width, SLICE)) for _, first, width in thirds]
-
-    @T.macro
-    def seek(cursor, t):
-        # To the Q tile of the first request from cursor[REQUEST] on that has blocks; past the last one if none has.
-        cursor[END] = 0
-        while (cursor[REQUEST] <= t.part.end_request_inclusive) & (cursor[END] == 0):
-            bounds = begin_and_end(cursor[REQUEST], t)
-            begin = T.alloc_var("int32", init=bounds.begin)
-            end = T.alloc_var("int32", init=bounds.end)
-            if end > begin:
-                cursor[BLOCK] = -1 - begin
-                cursor[END] = end
-                cursor[IS_SHORT] = T.if_then_else(end - begin <= config.short_piece, 1, 0)
-            else:
-                cursor[REQUEST] += 1
 
     @T.macro
     def read_page_ids(cursor, t):
@@ -121,25 +163,4 @@ def make_loader(page_block_size: int, head_dim_qk: int, config: KernelConfig) ->
                             )
             arrive_warp(t.full, stage * NUM_THIRDS + i, t.tx)
 
-    @T.macro
-    def load(stage, parity, cursor, t):
-        assume_stage(stage)
-        if cursor[REQUEST] <= t.part.end_request_inclusive:
-            T.barrier_wait(t.empty[stage], parity)
-            if cursor[BLOCK] < 0:
-                copy_q(stage, cursor, t)
-                cursor[BLOCK] = -1 - cursor[BLOCK]
-                read_page_ids(cursor, t)
-            else:
-                if cursor[IS_SHORT] != 0:
-                    copy_block(stage, "evict_first", cursor, t)
-                else:
-                    copy_block(stage, None, cursor, t)
-                cursor[BLOCK] += 1
-                if cursor[BLOCK] < cursor[END]:
-                    read_page_ids(cursor, t)
-                else:
-                    cursor[REQUEST] += 1
-                    seek(cursor, t)
-
-    return seek, load
+    return make_walk(config, read_page_ids, copy_q, copy_block)

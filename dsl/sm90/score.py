@@ -5,14 +5,8 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.config import KernelConfig
-from tilemla.dsl.attention import (
-    RUNNING_MAX_START,
-    end_key_of_query,
-    first_key_of_query,
-    mask_score,
-    needs_mask,
-)
-from tilemla.dsl.schedule import BLOCK_N
+from tilemla.dsl.attention import RUNNING_MAX_START
+from tilemla.dsl.sm90.mask import hide_scores
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.tile import (
     A_REGISTERS,
@@ -152,27 +146,6 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         T.sync_threads(SCORE_BARRIER, WARPGROUP)
 
     @T.macro
-    def mask(scores, request, block, row, column, t):
-        if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
-            for half in T.unroll(2):
-                # the keys that the row's query sees, counted from this thread's first column
-                query = T.alloc_var("int32", init=T.truncdiv(t.tile[0] + row + half * 8, t.group_size))
-                shift = T.alloc_var("int32", init=block * BLOCK_N + column)
-                first = T.alloc_var(
-                    "int32",
-                    init=first_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_left) - shift,
-                )
-                end = T.alloc_var(
-                    "int32",
-                    init=end_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_right) - shift,
-                )
-                for e in T.unroll(SCORES // 2):
-                    key = e // 2 * 8 + e % 2
-                    scores[e // 2 * 4 + half * 2 + e % 2] = mask_score(
-                        scores[e // 2 * 4 + half * 2 + e % 2], (key >= first) & (key < end)
-                    )
-
-    @T.macro
     def score_warpgroup(t):
         q_registers = T.alloc_local((Q_STEPS_IN_REGISTERS * 2 * A_REGISTERS,), dtype)
         scores = T.alloc_local((SCORES,), accum)
@@ -221,7 +194,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                     T.wait_wgmma(0)
                     # Every warp is through with the rope columns: P may take their place.
                     T.sync_threads(SCORE_BARRIER, WARPGROUP)
-                    mask(scores, request, block, row, column, t)
+                    hide_scores(scores, request, block, row, column, t)
                     softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
                     if block == end - 1:
                         softmax.normalise(request, stage, row, row_sum, running_max, t)

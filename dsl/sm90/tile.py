@@ -79,7 +79,7 @@ def arrive_warp(barriers, index, tx) -> None:
 
 
 @T.macro
-def assume_stage(stage) -> None:
+def assume_stage(stage, num_stages=NUM_STAGES) -> None:
     """Tell the compiler the range of a stage: its arithmetic on addresses then needs no division."""
     T.assume(stage >= 0)
-    T.assume(stage < NUM_STAGES)
+    T.assume(stage < num_stages)
