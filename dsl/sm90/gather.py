@@ -32,9 +32,10 @@ _CHUNK = 8  # elements of 16 bytes
 _ROW_BYTES = 128  # of an atom
 _STAGE_ATOMS = STAGE_COLUMNS // SLICE
 
-# Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer.
-REQUEST, BLOCK, END, MAIN = range(4)
-CURSOR_SIZE = 4
+# Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer. Of the request: the
+# block, one past the last, the blocks of the main list, and how many indices each list has.
+REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(6)
+CURSOR_SIZE = 6
 
 
 def _to(stage, row, chunk, t) -> Any:
@@ -53,10 +54,10 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
     Parameters
     ----------
     blocks_of : callable
-        Of request and t: first block, end and blocks of the main list.
+        Of request and t: first block, end, blocks of the main list, and the lengths of both.
     read_index : macro
-        ``(index, request, block, main, token, t)``: put the index of a token of a block into ``index[0]``, -1 when it
-        is past its list's end, and into ``index[1]`` whether the list is the extra one.
+        ``(index, cursor, token, t)``: put the index of a token of the cursor's block into ``index[0]``, -1 when it is
+        past its list's end, and into ``index[1]`` whether the list is the extra one.
     address : macro
         ``(place, index, t)``: put the address of ``index`` into ``place[0]``, 0 when it is invalid.
     """
@@ -74,6 +75,8 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
                 cursor[BLOCK] = begin
                 cursor[END] = end
                 cursor[MAIN] = bounds.main
+                cursor[LENGTH] = bounds.length
+                cursor[EXTRA_LENGTH] = bounds.extra_length
             else:
                 cursor[REQUEST] += 1
 
@@ -83,7 +86,7 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
         index[1] = 0
         if cursor[REQUEST] <= t.part.end_request_inclusive:
             token = t.tx % WARPGROUP // WARP * TOKENS_PER_WARP + t.tx % TOKENS_PER_WARP
-            read_index(index, cursor[REQUEST], cursor[BLOCK], cursor[MAIN], token, t)
+            read_index(index, cursor, token, t)
             cursor[BLOCK] += 1
             if cursor[BLOCK] >= cursor[END]:
                 cursor[REQUEST] += 1
@@ -108,9 +111,9 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
 
 @T.macro
 def prefetch(place, num_bytes, t) -> None:
-    """Ask the bytes of each lane's token into L2; the warp's tokens are those of its first lanes."""
-    if (t.tx % WARP < TOKENS_PER_WARP) & (place[0] != 0):
-        T.call_extern("handle", "tilemla::prefetch", place[0], num_bytes)
+    """Ask the bytes of a token into L2, half of them by each of the two lanes that have its address."""
+    if place[0] != 0:
+        T.call_extern("handle", f"tilemla::prefetch<{num_bytes}>", place[0], t.tx % WARP // TOKENS_PER_WARP)
 
 
 def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, blocks_of: Any) -> Any:
@@ -274,7 +277,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
             )
 
     @T.macro
-    def store(raw, scales, short, stage, warp, first, atoms, t):
+    def store(raw, scales, stage, warp, first, atoms, t):
         for g in groups:
             row = warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4
             T.call_extern(
@@ -283,7 +286,6 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 _to(stage, row, t.tx % 4 * 2, t),
                 T.address_of(raw[g * words]),
                 T.address_of(scales[g * scale_words]),
-                short != 0,
             )
 
     @T.macro
@@ -322,13 +324,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                     prefetch(place, layout.bytes_apart, t)
                 for i in T.unroll(2 * scale_words):
                     scales[i] = next_scales[i]
-                short = T.alloc_var(
-                    "int32",
-                    init=T.cast(
-                        T.call_extern("bool", f"tilemla::are_short<{by_bytes}>", T.address_of(scales[0]), 2), "int32"
-                    ),
-                )
-                store(first_raw, scales, short, stage, warp, 0, first_atoms, t)
+                store(first_raw, scales, stage, warp, 0, first_atoms, t)
                 hand_over(stage, 0, t)
                 find_rows(rows, place, t)
                 load_first(first_raw, next_scales, rows, t)
@@ -338,7 +334,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                     read_bytes(raw, stage, warp, free, t)
                     # Where these bytes lay may be where others of the warp store.
                     T.sync_warp()
-                    store(raw, scales, short, stage, warp, first, 2, t)
+                    store(raw, scales, stage, warp, first, 2, t)
                     hand_over(stage, piece, t)
                 turn = next_turn(turn, NUM_STAGES)
 

@@ -24,9 +24,14 @@ __device__ __forceinline__ int ballot(bool predicate) {
   return static_cast<int>(__ballot_sync(0xffffffffu, predicate));
 }
 
-// The bytes from an address on, multiples of 16, on their way to L2.
-__device__ __forceinline__ void prefetch(long long from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// A share of the lines of BYTES from an address on, a multiple of 16, on its way to L2.
+template <int BYTES> __device__ __forceinline__ void prefetch(long long from, int share) {
+  constexpr int LINES = (BYTES + 127) / 128, OF_A_SHARE = (LINES + 1) / 2;
+#pragma unroll
+  for (int i = 0; i < OF_A_SHARE; ++i) {
+    const int line = min(share * OF_A_SHARE + i, LINES - 1);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + line * 128) : "memory");
+  }
 }
 
 // A row's 16-byte chunk of each of ATOMS atoms, asynchronously.
@@ -74,18 +79,17 @@ __device__ __forceinline__ void read_bytes(unsigned *raw, const void *from) {
 }
 
 // The scales of a token as they lie in memory: four float32, or with BYTES eight e8m0, the last a pad. Those of an
-// invalid token are 1.
+// invalid token are 0, whose values are 0, too: nothing here waits for what is loaded.
 template <bool BYTES> __device__ __forceinline__ void load_scales(unsigned *scales, long long from) {
   if constexpr (BYTES) {
-    uint2 v = make_uint2(0x7f7f7f7fu, 0x7f7f7f7fu);
+    uint2 v = make_uint2(0, 0);
     if (from != 0) {
       asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
     }
     scales[0] = v.x, scales[1] = v.y;
   } else {
     const uint4 v = load_16(from);
-    const unsigned one = from != 0 ? 0u : 0x3f800000u;
-    scales[0] = v.x | one, scales[1] = v.y | one, scales[2] = v.z | one, scales[3] = v.w | one;
+    scales[0] = v.x, scales[1] = v.y, scales[2] = v.z, scales[3] = v.w;
   }
 }
 
@@ -99,76 +103,34 @@ template <bool BYTES> __device__ __forceinline__ unsigned scale_of(const unsigne
   }
 }
 
-// Whether 2**120 times each scale of the warp's tokens is a bfloat16, normal and finite.
-template <bool BYTES> __device__ __forceinline__ bool are_short(const unsigned *scales, int tokens) {
-  bool all = true;
-#pragma unroll
-  for (int token = 0; token < tokens; ++token) {
-#pragma unroll
-    for (int atom = 0; atom < (BYTES ? 7 : 8); atom += (BYTES ? 1 : 2)) {
-      const unsigned scale = scale_of<BYTES>(scales + token * (BYTES ? 2 : 4), atom);
-      all = all && (scale & 0xffffu) == 0 && (scale >> 23 & 0xffu) - 1u < 134u;
-    }
-  }
-  return __all_sync(0xffffffffu, all);
-}
-
-// Whether a byte of the warp's words is e4m3's NaN, 0x7f or 0xff.
-template <int WORDS> __device__ __forceinline__ bool have_nan(const unsigned *raw) {
-  unsigned carries = 0;
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    carries |= (raw[i] & 0x7f7f7f7fu) + 0x01010101u;
-  }
-  return __any_sync(0xffffffffu, (carries & 0x80808080u) != 0);
-}
-
-// bfloat16(e4m3 * scale) of bytes 0 and 1, or with HIGH 2 and 3: one rounding. SHORT is for numbers, and for scales of
-// which 2**120 times is a bfloat16: a number's fields are moved to where those of one 2**-120 times as large are.
-template <bool SHORT, bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned word, unsigned scale) {
-  unsigned out;
-  if constexpr (SHORT) {
-    const unsigned spread = __byte_perm(word, 0, HIGH ? 0x4342 : 0x4140);
-    const unsigned small = (spread & 0x00800080u) * 240u + spread * 16u;
-    const unsigned factor = __byte_perm(scale + (120u << 23), 0, 0x3232);
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(small), "r"(factor));
-  } else {
-    const unsigned short pair = static_cast<unsigned short>(HIGH ? word >> 16 : word);
-    unsigned halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-    float low, high;
-    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
-        : "=f"(low), "=f"(high)
-        : "r"(halves));
-    const float factor = __uint_as_float(scale);
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high * factor), "f"(low * factor));
-  }
+// bfloat16(e4m3 * scale) of bytes 0 and 1, or with HIGH 2 and 3: one rounding, whatever the scale, and NaN stays NaN.
+template <bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned word, float scale) {
+  const unsigned short pair = static_cast<unsigned short>(HIGH ? word >> 16 : word);
+  unsigned halves, out;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  float low, high;
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high * scale), "f"(low * scale));
   return out;
-}
-
-template <bool BYTES, int FIRST, int ATOMS, bool SHORT>
-__device__ __forceinline__ void store_atoms_as(unsigned to, const unsigned *raw, const unsigned *scales) {
-#pragma unroll
-  for (int i = 0; i < ATOMS; ++i) {
-    const unsigned scale = scale_of<BYTES>(scales, FIRST + i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const unsigned first = raw[i * 4 + half * 2], second = raw[i * 4 + half * 2 + 1];
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"((to ^ half * 16) + (FIRST + i) * 8192),
-                   "r"(dequantise<SHORT, false>(first, scale)), "r"(dequantise<SHORT, true>(first, scale)),
-                   "r"(dequantise<SHORT, false>(second, scale)), "r"(dequantise<SHORT, true>(second, scale))
-                   : "memory");
-    }
-  }
 }
 
 // 16 values of each of ATOMS atoms from the FIRST on: two chunks of a row.
 template <bool BYTES, int FIRST, int ATOMS>
-__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, const unsigned *scales, bool all_short) {
-  if (all_short && !have_nan<ATOMS * 4>(raw)) {
-    store_atoms_as<BYTES, FIRST, ATOMS, true>(shared_address(to), raw, scales);
-  } else {
-    store_atoms_as<BYTES, FIRST, ATOMS, false>(shared_address(to), raw, scales);
+__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, const unsigned *scales) {
+  const unsigned place = shared_address(to);
+#pragma unroll
+  for (int i = 0; i < ATOMS; ++i) {
+    const float scale = __uint_as_float(scale_of<BYTES>(scales, FIRST + i));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned first = raw[i * 4 + half * 2], second = raw[i * 4 + half * 2 + 1];
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"((place ^ half * 16) + (FIRST + i) * 8192),
+                   "r"(dequantise<false>(first, scale)), "r"(dequantise<true>(first, scale)),
+                   "r"(dequantise<false>(second, scale)), "r"(dequantise<true>(second, scale))
+                   : "memory");
+    }
   }
 }
 

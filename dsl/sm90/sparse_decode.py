@@ -16,7 +16,16 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import PASS_CONFIG
-from tilemla.dsl.sm90.gather import make_dense_producer, make_fp8_producer, make_walk
+from tilemla.dsl.sm90.gather import (
+    BLOCK,
+    EXTRA_LENGTH,
+    LENGTH,
+    MAIN,
+    REQUEST,
+    make_dense_producer,
+    make_fp8_producer,
+    make_walk,
+)
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
@@ -97,16 +106,16 @@ def make_sparse_decode_program(spec, config) -> Program:
     combine = make_combine(head_dim_v, accum, config, early=True, read_sink=_head_sink)
 
     @T.macro
-    def read_index(index, request, block, main, token, t):
-        if block < main:
-            position = T.alloc_var("int32", init=block * BLOCK_N + token)
-            if position < T.min(t.topk_length[request], t.topk):
-                index[0] = t.indices[request, t.head, position]
+    def read_index(index, cursor, token, t):
+        if cursor[BLOCK] < cursor[MAIN]:
+            position = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
+            if position < cursor[LENGTH]:
+                index[0] = t.indices[cursor[REQUEST], t.head, position]
         else:
-            extra_position = T.alloc_var("int32", init=(block - main) * BLOCK_N + token)
+            extra_position = T.alloc_var("int32", init=(cursor[BLOCK] - cursor[MAIN]) * BLOCK_N + token)
             index[1] = 1
-            if extra_position < T.min(t.extra_topk_length[request], t.extra_topk):
-                index[0] = t.extra_indices[request, t.head, extra_position]
+            if extra_position < cursor[EXTRA_LENGTH]:
+                index[0] = t.extra_indices[cursor[REQUEST], t.head, extra_position]
 
     def make_find(prefix: str) -> Any:
         """Find a token of ``t.kcache`` or ``t.extra_kcache``, which a macro's argument would rename."""

@@ -12,7 +12,7 @@ from tilemla.dsl.attention import LN_2, final_lse
 from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, count_blocks
 from tilemla.dsl.sm90.decode import PASS_CONFIG
-from tilemla.dsl.sm90.gather import make_dense_producer, make_walk
+from tilemla.dsl.sm90.gather import BLOCK, LENGTH, REQUEST, make_dense_producer, make_walk
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
@@ -63,20 +63,18 @@ def make_sparse_prefill_program(spec) -> Program:
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")
 
     def blocks_of(query, t):
-        return SimpleNamespace(
-            begin=0,
-            end=count_blocks(T.min(t.topk_length[query], t.topk), BLOCK_N),
-            main=count_blocks(T.min(t.topk_length[query], t.topk), BLOCK_N),
-        )
+        length = T.min(t.topk_length[query], t.topk)
+        blocks = count_blocks(length, BLOCK_N)
+        return SimpleNamespace(begin=0, end=blocks, main=blocks, length=length, extra_length=0)
 
     def q_tile(query, t):
         return t.q[query, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
 
     @T.macro
-    def read_index(index, query, block, main, token, t):
-        position = T.alloc_var("int32", init=block * BLOCK_N + token)
-        if position < T.min(t.topk_length[query], t.topk):
-            index[0] = t.indices[query, position]
+    def read_index(index, cursor, token, t):
+        position = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
+        if position < cursor[LENGTH]:
+            index[0] = t.indices[cursor[REQUEST], position]
 
     @T.macro
     def address(place, index, t):

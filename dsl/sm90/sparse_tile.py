@@ -90,17 +90,19 @@ def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, in
     return [(i, roles.pieces[i], ends[i] - roles.pieces[i]) for i in order]
 
 
-def count_main_blocks(request, t) -> Any:
-    """Blocks of a request's own list, int32; those of the extra list follow, and no block holds tokens of both."""
-    return count_blocks(T.min(t.topk_length[request], t.topk), BLOCK_N)
-
-
 def blocks_of_request(request, t) -> Any:
-    """A request's blocks within the part: the first, one past the last, and how many are of its own list, int32."""
-    main = count_main_blocks(request, t)
-    extra = count_blocks(T.min(t.extra_topk_length[request], t.extra_topk), BLOCK_N)
+    """A request's blocks within the part, int32: the first, one past the last, how many are of its own list.
+
+    Those of the extra list follow, and no block holds tokens of both. With them the lengths of the lists.
+    """
+    length = T.min(t.topk_length[request], t.topk)
+    extra_length = T.min(t.extra_topk_length[request], t.extra_topk)
+    main = count_blocks(length, BLOCK_N)
+    extra = count_blocks(extra_length, BLOCK_N)
     return SimpleNamespace(
         begin=first_block(t.part, request),
         end=T.if_then_else(request == t.part.end_request_inclusive, t.part.end_block, main + extra),
         main=main,
+        length=length,
+        extra_length=extra_length,
     )
