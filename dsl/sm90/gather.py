@@ -193,11 +193,18 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
     num_atoms = layout.head_dim_nope // SLICE
     rope_offset = layout.head_dim_nope + (0 if scales_apart else layout.scale_bytes)
     firsts = [column // SLICE for column in roles.pieces]
-    first_atoms = firsts[1]  # of the first piece; the others have two
-    # Number, first atom, and where its bytes lie until it is converted.
+    # Of those loaded to registers: number, first atom and atoms.
+    loaded = [(piece, firsts[piece], firsts[piece + 1] - firsts[piece]) for piece in range(roles.pieces_loaded)]
+    # Of the others, which have two atoms: number, first atom, and where its bytes lie until it is converted.
     kept_at = (*firsts[2:], _STAGE_ATOMS - 1 if scales_apart else num_atoms - 1)
-    later = [(piece, firsts[piece], kept_at[piece - 1]) for piece in range(1, NUM_PIECES)]
+    later = [(piece, firsts[piece], kept_at[piece - 1]) for piece in range(roles.pieces_loaded, NUM_PIECES)]
     groups = (0, 1)  # of eight tokens each
+    # In the order of their conversion: a piece's number, first atom, atoms, place and group, and what is read from
+    # shared memory meanwhile: piece, place and group.
+    flat = [(*piece, None, g) for piece in loaded for g in groups]
+    flat += [(piece, first, 2, free, g) for piece, first, free in later for g in groups]
+    follows = [(piece, free, g) if free is not None else None for piece, _, _, free, g in flat[1:]] + [None]
+    units = tuple((*unit, follow) for unit, follow in zip(flat, follows, strict=True))
     words = 8  # of 32 bits in two atoms that a thread converts
     passes = tuple(range(TOKENS_PER_WARP * _CHUNK // WARP))
 
@@ -209,7 +216,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 rows[2 + g] = T.call_extern("int64", "tilemla::shuffle", place[1], g * 8 + t.tx % WARP // 4)
 
     @T.macro
-    def load_first(raw, scales, rows, t):
+    def load_scales(scales, rows, t):
         for g in groups:
             T.call_extern(
                 "handle",
@@ -217,9 +224,13 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 T.address_of(scales[g * scale_words]),
                 rows[2 + g] if scales_apart else T.Select(rows[g] != 0, rows[g] + layout.head_dim_nope, T.int64(0)),
             )
+
+    @T.macro
+    def load_piece(raw, first, atoms, rows, t):
+        for g in groups:
             T.call_extern(
                 "handle",
-                f"tilemla::load_atoms<0, {first_atoms}>",
+                f"tilemla::load_atoms<{first}, {atoms}>",
                 T.address_of(raw[g * words]),
                 T.Select(rows[g] != 0, rows[g] + t.tx % 4 * 16, T.int64(0)),
             )
@@ -260,33 +271,30 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
             T.ptx_commit_group()
 
     @T.macro
-    def read_bytes(raw, stage, warp, free, t):
-        for g in groups:
+    def read_bytes(raw, stage, warp, free, g, t):
+        T.call_extern(
+            "handle",
+            "tilemla::read_bytes",
+            T.address_of(raw[0]),
             T.call_extern(
                 "handle",
-                "tilemla::read_bytes",
-                T.address_of(raw[g * words]),
-                T.call_extern(
-                    "handle",
-                    "tilemla::shift",
-                    T.address_of(t.kv[0, 0, 0]),
-                    (stage * _STAGE_ATOMS + free) * ATOM_BYTES
-                    + (warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4) * _ROW_BYTES
-                    + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * 16,
-                ),
-            )
+                "tilemla::shift",
+                T.address_of(t.kv[0, 0, 0]),
+                (stage * _STAGE_ATOMS + free) * ATOM_BYTES
+                + (warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4) * _ROW_BYTES
+                + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * 16,
+            ),
+        )
 
     @T.macro
-    def store(raw, scales, stage, warp, first, atoms, t):
-        for g in groups:
-            row = warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4
-            T.call_extern(
-                "handle",
-                f"tilemla::store_atoms<{by_bytes}, {first}, {atoms}>",
-                _to(stage, row, t.tx % 4 * 2, t),
-                T.address_of(raw[g * words]),
-                T.address_of(scales[g * scale_words]),
-            )
+    def store(raw, offset, scales, stage, warp, first, atoms, g, t):
+        T.call_extern(
+            "handle",
+            f"tilemla::store_atoms<{by_bytes}, {first}, {atoms}>",
+            _to(stage, warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4, t.tx % 4 * 2, t),
+            T.address_of(raw[offset]),
+            T.address_of(scales[g * scale_words]),
+        )
 
     @T.macro
     def hand_over(stage, piece, t):
@@ -299,15 +307,17 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
         index = T.alloc_local((2,), "int32")
         place = T.alloc_local((2,), "int64")
         rows = T.alloc_local((4,), "int64")
-        first_raw = T.alloc_local((2 * words,), "uint32")
-        raw = T.alloc_local((2 * words,), "uint32")
+        ahead = [T.alloc_local((2 * words,), "uint32") for _ in loaded]
+        raw = [T.alloc_local((words,), "uint32") for _ in groups]
         scales = T.alloc_local((2 * scale_words,), "uint32")
         next_scales = T.alloc_local((2 * scale_words,), "uint32")
         turn = T.alloc_var("int32", init=0)
         warp = t.tx % WARPGROUP // WARP
         walk.start(place, index, cursor, t)
         find_rows(rows, place, t)
-        load_first(first_raw, next_scales, rows, t)
+        load_scales(next_scales, rows, t)
+        for piece, first, atoms in loaded:
+            load_piece(ahead[piece], first, atoms, rows, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             end = T.alloc_var("int32", init=bounds.end)
@@ -324,18 +334,26 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                     prefetch(place, layout.bytes_apart, t)
                 for i in T.unroll(2 * scale_words):
                     scales[i] = next_scales[i]
-                store(first_raw, scales, stage, warp, 0, first_atoms, t)
-                hand_over(stage, 0, t)
                 find_rows(rows, place, t)
-                load_first(first_raw, next_scales, rows, t)
-                for piece, first, free in later:
-                    T.ptx_wait_group(NUM_PIECES - 1 - piece)
-                    T.sync_warp()
-                    read_bytes(raw, stage, warp, free, t)
-                    # Where these bytes lay may be where others of the warp store.
-                    T.sync_warp()
-                    store(raw, scales, stage, warp, first, 2, t)
-                    hand_over(stage, piece, t)
+                load_scales(next_scales, rows, t)
+                for piece, first, atoms, free, g, follows in units:
+                    # What is converted next is read before this is.
+                    if follows is not None:
+                        next_piece, next_free, next_g = follows
+                        if next_g == 0:
+                            T.ptx_wait_group(NUM_PIECES - 1 - next_piece)
+                            T.sync_warp()
+                        read_bytes(raw[next_g], stage, warp, next_free, next_g, t)
+                        # Where these bytes lay may be where others of the warp store.
+                        T.sync_warp()
+                    if free is None:
+                        store(ahead[piece], g * words, scales, stage, warp, first, atoms, g, t)
+                    else:
+                        store(raw[g], 0, scales, stage, warp, first, atoms, g, t)
+                    if g == groups[-1]:
+                        hand_over(stage, piece, t)
+                        if free is None:
+                            load_piece(ahead[piece], first, atoms, rows, t)
                 turn = next_turn(turn, NUM_STAGES)
 
     return producer

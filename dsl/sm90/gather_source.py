@@ -24,6 +24,18 @@ __device__ __forceinline__ int ballot(bool predicate) {
   return static_cast<int>(__ballot_sync(0xffffffffu, predicate));
 }
 
+// What `divide` needs of a divisor of at least 1: a factor and a shift.
+__device__ __forceinline__ void invert(unsigned *reciprocal, int divisor) {
+  const int shift = divisor > 1 ? 32 - __clz(divisor - 1) : 0;
+  reciprocal[0] = static_cast<unsigned>(((1ull << shift) - divisor) * (1ull << 32) / divisor) + 1;
+  reciprocal[1] = shift;
+}
+
+// number / divisor of a number from 0 on; of any other something.
+__device__ __forceinline__ int divide(int number, unsigned factor, unsigned shift) {
+  return static_cast<int>((__umulhi(number, factor) + number) >> shift);
+}
+
 // A share of the lines of BYTES from an address on, a multiple of 16, on its way to L2.
 template <int BYTES> __device__ __forceinline__ void prefetch(long long from, int share) {
   constexpr int LINES = (BYTES + 127) / 128, OF_A_SHARE = (LINES + 1) / 2;

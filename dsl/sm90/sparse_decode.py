@@ -117,7 +117,7 @@ def make_sparse_decode_program(spec, config) -> Program:
             if extra_position < cursor[EXTRA_LENGTH]:
                 index[0] = t.extra_indices[cursor[REQUEST], t.head, extra_position]
 
-    def make_find(prefix: str) -> Any:
+    def make_find(prefix: str, slot: int) -> Any:
         """Find a token of ``t.kcache`` or ``t.extra_kcache``, which a macro's argument would rename."""
         cache_of = operator.attrgetter(f"{prefix}kcache")
         pages_of = operator.attrgetter(f"{prefix}num_pages")
@@ -125,27 +125,31 @@ def make_sparse_decode_program(spec, config) -> Program:
 
         @T.macro
         def find(place, index, t):
-            page = T.alloc_var("int32", init=T.truncdiv(index[0], size_of(t)))
-            if (index[0] >= 0) & (page < pages_of(t)):
-                token = T.alloc_var("int32", init=index[0] - page * size_of(t))
-                if layout is None:
-                    place[0] = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, token, 0]))
-                else:
-                    first = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, 0]))
-                    place[0] = first + T.cast(token * layout.bytes_apart, "int64")
-                    if layout.scales_apart:
-                        first_scale = size_of(t) * layout.bytes_apart
-                        place[1] = first + T.cast(first_scale + token * layout.scale_bytes, "int64")
+            page = T.alloc_var(
+                "int32",
+                init=T.call_extern("int32", "tilemla::divide", index[0], t.reciprocals[slot], t.reciprocals[slot + 1]),
+            )
+            token = T.alloc_var("int32", init=index[0] - page * size_of(t))
+            if layout is None:
+                place[0] = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, token, 0]))
+            else:
+                first = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, 0]))
+                place[0] = first + T.cast(token * layout.bytes_apart, "int64")
+                if layout.scales_apart:
+                    first_scale = size_of(t) * layout.bytes_apart
+                    place[1] = first + T.cast(first_scale + token * layout.scale_bytes, "int64")
+            # Nothing was read at an address that is none.
+            if (index[0] < 0) | (page >= pages_of(t)):
+                place[0] = 0
+                if layout is not None:
+                    place[1] = 0
 
         return find
 
-    find, find_extra = make_find(""), make_find("extra_")
+    find, find_extra = make_find("", 0), make_find("extra_", 2)
 
     @T.macro
     def address(place, index, t):
-        place[0] = 0
-        if layout is not None:
-            place[1] = 0
         if index[1] == 0:
             find(place, index, t)
         else:
@@ -194,6 +198,7 @@ def make_sparse_decode_program(spec, config) -> Program:
             inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
+            reciprocals = T.alloc_shared((4,), "uint32", scope="shared")  # of the page sizes, for divisions
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
             empty = T.alloc_barrier(EMPTY_ARRIVALS)  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
@@ -212,6 +217,8 @@ def make_sparse_decode_program(spec, config) -> Program:
                 tile[0] = (part_and_tile - line * head_tiles) * ROWS
                 tile[1] = query
                 tile[2] = line
+                T.call_extern("handle", "tilemla::invert", T.address_of(reciprocals[0]), page_block_size)
+                T.call_extern("handle", "tilemla::invert", T.address_of(reciprocals[2]), extra_page_block_size)
             T.sync_threads()
             t = SimpleNamespace(
                 q=q,
@@ -242,6 +249,7 @@ def make_sparse_decode_program(spec, config) -> Program:
                 inverse_sum=inverse_sums,
                 valid=valid,
                 tile=tile,
+                reciprocals=reciprocals,
                 full=full,
                 empty=empty,
                 p_full=p_full,

@@ -58,6 +58,7 @@ class Roles:
     copies_arrive: bool
     pieces: tuple[int, ...]
     prefetches: bool = True
+    pieces_loaded: int = 2
 
     @property
     def full_arrivals(self) -> list[int]:
