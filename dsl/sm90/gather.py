@@ -1,7 +1,7 @@
 """The producer warpgroup: gather the tokens of a block by index, one by one, into a stage.
 
-Each of its four warps has 16 tokens of a block. Their indices are read by its lanes two blocks ahead and become
-addresses one block ahead, so that neither the list nor, with ``prefetch``, what the addresses point to is waited for.
+Each of its four warps has 16 tokens of a block, or 8 where two thread blocks gather it together. Their indices are read
+by its lanes two blocks ahead and become addresses one block ahead, so that nobody waits for the list.
 """
 
 from types import SimpleNamespace
@@ -9,13 +9,16 @@ from typing import Any
 
 import tilelang.language as T
 
+from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.sparse_tile import (
+    ALONE,
     NUM_PIECES,
     NUM_STAGES,
-    TOKENS_PER_WARP,
+    NUM_WARPS,
     WARP,
     Roles,
     columns_of_pieces,
+    tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
     ATOM_BYTES,
@@ -29,26 +32,41 @@ from tilemla.dsl.sm90.tile import (
 )
 
 _CHUNK = 8  # elements of 16 bytes
+_CHUNK_BYTES = 16
 _ROW_BYTES = 128  # of an atom
 _STAGE_ATOMS = STAGE_COLUMNS // SLICE
+_TOKENS_PER_PASS = WARP // _CHUNK  # that a warp copies 128 bytes of at once, and whose rows a swizzle tells apart
 
 # Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer. Of the request: the
 # block, one past the last, the blocks of the main list, and how many indices each list has.
 REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(6)
 CURSOR_SIZE = 6
 
+_GROUP = 8  # tokens that a warp converts two atoms of at once
+_PIECES_LOADED = {1: 1, 2: 4}  # to registers before their stage is free, by the thread blocks that share a block
 
-def _to(stage, row, chunk, t) -> Any:
-    """Address of a chunk of a row of the first atom of a stage."""
+
+def _to(stage, first_row, row, chunk, t) -> Any:
+    """Address of a chunk of a row of the first atom of a stage; `first_row` is a multiple of 8."""
     return T.call_extern(
         "handle",
         "tilemla::shift",
         T.address_of(t.kv[0, 0, 0]),
-        (stage * _STAGE_ATOMS) * ATOM_BYTES + row * _ROW_BYTES + T.bitwise_xor(chunk, row % 8) * 16,
+        (stage * _STAGE_ATOMS) * ATOM_BYTES
+        + first_row * _ROW_BYTES
+        + (row * _ROW_BYTES + T.bitwise_xor(chunk, row % 8) * _CHUNK_BYTES),
     )
 
 
-def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
+def first_row_of(blocks: int, t) -> Any:
+    """The first of the rows of a stage that a producer's warp gathers, int32."""
+    row = t.tx % WARPGROUP // WARP * tokens_of_warp(blocks)
+    if blocks == ALONE:
+        return row
+    return T.call_extern("int32", "tilemla::rank_in_cluster") * (BLOCK_N // blocks) + row
+
+
+def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE) -> SimpleNamespace:
     """Make the macros ``start`` and ``step`` of the walk over the blocks of all requests.
 
     Parameters
@@ -60,7 +78,10 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
         past its list's end, and into ``index[1]`` whether the list is the extra one.
     address : macro
         ``(place, index, t)``: put the address of ``index`` into ``place[0]``, 0 when it is invalid.
+    blocks : int
+        Thread blocks that gather a block's tokens together.
     """
+    tokens = tokens_of_warp(blocks)
 
     @T.macro
     def seek(cursor, t):
@@ -81,39 +102,31 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
                 cursor[REQUEST] += 1
 
     @T.macro
-    def fetch(index, cursor, t):
+    def fetch(index, cursor, first_row, t):
         index[0] = -1
         index[1] = 0
         if cursor[REQUEST] <= t.part.end_request_inclusive:
-            token = t.tx % WARPGROUP // WARP * TOKENS_PER_WARP + t.tx % TOKENS_PER_WARP
-            read_index(index, cursor, token, t)
+            read_index(index, cursor, first_row + t.tx % tokens, t)
             cursor[BLOCK] += 1
             if cursor[BLOCK] >= cursor[END]:
                 cursor[REQUEST] += 1
                 seek(cursor, t)
 
     @T.macro
-    def start(place, index, cursor, t):
+    def start(place, index, cursor, first_row, t):
         cursor[REQUEST] = t.part.begin_request
         seek(cursor, t)
-        fetch(index, cursor, t)
+        fetch(index, cursor, first_row, t)
         address(place, index, t)
-        fetch(index, cursor, t)
+        fetch(index, cursor, first_row, t)
 
     @T.macro
-    def step(place, index, cursor, t):
+    def step(place, index, cursor, first_row, t):
         # The addresses of the next block, and the indices of the one after it.
         address(place, index, t)
-        fetch(index, cursor, t)
+        fetch(index, cursor, first_row, t)
 
     return SimpleNamespace(start=start, step=step)
-
-
-@T.macro
-def prefetch(place, num_bytes, t) -> None:
-    """Ask the bytes of a token into L2, half of them by each of the two lanes that have its address."""
-    if place[0] != 0:
-        T.call_extern("handle", f"tilemla::prefetch<{num_bytes}>", place[0], t.tx % WARP // TOKENS_PER_WARP)
 
 
 def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, blocks_of: Any) -> Any:
@@ -122,7 +135,7 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
     A row's 128 bytes of an atom are copied by eight lanes, so that a copy of a warp is of four rows.
     """
     pieces = [(i, first // SLICE, width // SLICE) for i, first, width in columns_of_pieces(head_dim_qk, roles)]
-    passes = tuple(range(TOKENS_PER_WARP * _CHUNK // WARP))
+    passes = tuple(range(tokens_of_warp(ALONE) // _TOKENS_PER_PASS))
 
     @T.macro
     def producer(t):
@@ -132,7 +145,8 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
         rows = T.alloc_local((len(passes),), "int64")
         turn = T.alloc_var("int32", init=0)
         warp = t.tx % WARPGROUP // WARP
-        walk.start(place, index, cursor, t)
+        first_row = first_row_of(ALONE, t)
+        walk.start(place, index, cursor, first_row, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             end = T.alloc_var("int32", init=bounds.end)
@@ -140,40 +154,37 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
                 for k in passes:
                     rows[k] = T.call_extern(
-                        "int64", "tilemla::shuffle", place[0], k * (WARP // _CHUNK) + t.tx % WARP // _CHUNK
+                        "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
                     )
                 valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
                 for piece, atom, atoms in pieces:
                     T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
                     for k in passes:
-                        row = warp * TOKENS_PER_WARP + k * (WARP // _CHUNK) + t.tx % WARP // _CHUNK
                         T.call_extern(
                             "handle",
                             f"tilemla::gather_atoms<{atoms}>",
-                            _to(stage, row, t.tx % _CHUNK, t),
+                            _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, t),
                             rows[k],
                             atom,
-                            t.tx % _CHUNK * 16,
+                            t.tx % _CHUNK * _CHUNK_BYTES,
                         )
                     T.cp_async_barrier_noinc(t.full[stage * NUM_PIECES + piece])
                 if t.tx % WARP == 0:
-                    t.valid[stage, warp] = T.bitwise_and(valid, 2**TOKENS_PER_WARP - 1)
+                    t.valid[stage, warp] = T.bitwise_and(valid, 2 ** tokens_of_warp(ALONE) - 1)
                 # The mask is there, too.
                 T.sync_warp()
                 arrive_warp(t.full, stage * NUM_PIECES + NUM_PIECES - 1, t.tx)
-                walk.step(place, index, cursor, t)
-                if roles.prefetches:
-                    prefetch(place, head_dim_qk * 2, t)
+                walk.step(place, index, cursor, first_row, t)
                 turn = next_turn(turn, NUM_STAGES)
 
     return producer
 
 
-def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_of: Any) -> Any:
+def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_of: Any, blocks: int = ALONE) -> Any:
     """Make the macro ``producer(t)`` for a cache of bytes: what is converted in place lay in the stage before.
 
-    Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. The first piece of a block is
-    loaded to registers before its stage is free. The others are copied to shared memory, where the piece that is
+    Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. The first pieces of a block
+    are loaded to registers before its stage is free. The others are copied to shared memory, where the piece that is
     converted after each belongs, or past them all: a copy waits for nobody, and many are under way at once.
 
     Parameters
@@ -186,43 +197,55 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
         Of `make_walk`.
     blocks_of : callable
         Of request and t: first block, and one past the last.
+    blocks : int
+        Thread blocks that convert a block's tokens together, each a share, and store what comes of it to one another.
     """
     scales_apart = layout.scales_apart
     by_bytes = "true" if scales_apart else "false"
-    scale_words = 2 if scales_apart else 4
+    scale_bytes = 2 if scales_apart else 4  # of a piece
     num_atoms = layout.head_dim_nope // SLICE
     rope_offset = layout.head_dim_nope + (0 if scales_apart else layout.scale_bytes)
+    tokens = tokens_of_warp(blocks)
     firsts = [column // SLICE for column in roles.pieces]
-    # Of those loaded to registers: number, first atom and atoms.
-    loaded = [(piece, firsts[piece], firsts[piece + 1] - firsts[piece]) for piece in range(roles.pieces_loaded)]
-    # Of the others, which have two atoms: number, first atom, and where its bytes lie until it is converted.
-    kept_at = (*firsts[2:], _STAGE_ATOMS - 1 if scales_apart else num_atoms - 1)
-    later = [(piece, firsts[piece], kept_at[piece - 1]) for piece in range(roles.pieces_loaded, NUM_PIECES)]
-    groups = (0, 1)  # of eight tokens each
-    # In the order of their conversion: a piece's number, first atom, atoms, place and group, and what is read from
-    # shared memory meanwhile: piece, place and group.
-    flat = [(*piece, None, g) for piece in loaded for g in groups]
-    flat += [(piece, first, 2, free, g) for piece, first, free in later for g in groups]
-    follows = [(piece, free, g) if free is not None else None for piece, _, _, free, g in flat[1:]] + [None]
-    units = tuple((*unit, follow) for unit, follow in zip(flat, follows, strict=True))
+    ends = (*firsts[1:], num_atoms)
+    # Number, first atom and atoms of a piece, and where its bytes lie until it is converted, None for registers.
+    kept_at = (None, *firsts[2:], _STAGE_ATOMS - 1 if scales_apart else num_atoms - 1)
+    pieces = [
+        (piece, first, end - first, None if piece < _PIECES_LOADED[blocks] else kept)
+        for piece, first, end, kept in zip(range(NUM_PIECES), firsts, ends, kept_at, strict=True)
+    ]
+    loaded = [(piece, first, atoms) for piece, first, atoms, kept in pieces if kept is None]
+    later = [(piece, first, kept) for piece, first, _, kept in pieces if kept is not None]
+    groups = tuple(range(tokens // _GROUP))
+    # In the order of their conversion: a piece and a group, and what is read from shared memory meanwhile: piece, place
+    # and group.
+    flat = [(*piece, g) for piece in pieces for g in groups]
+    follows = [(piece, kept, g) if kept is not None else None for piece, _, _, kept, g in flat[1:]] + [None]
+    units = tuple((n % 2, *unit, follow) for n, (unit, follow) in enumerate(zip(flat, follows, strict=True)))
     words = 8  # of 32 bits in two atoms that a thread converts
-    passes = tuple(range(TOKENS_PER_WARP * _CHUNK // WARP))
+    passes = tuple(range(tokens // _TOKENS_PER_PASS))
+    # Atoms of a piece, and bytes of it that a warp of the other thread block stores here; with the last one the rope
+    # part and its word of the mask.
+    atoms_of_piece = [tuple(range(first, end)) for first, end in zip(firsts, ends, strict=True)]
+    bytes_of_piece = [len(atoms) * _ROW_BYTES * tokens for atoms in atoms_of_piece]
+    bytes_of_piece[-1] += _ROW_BYTES * tokens + 4
 
     @T.macro
     def find_rows(rows, place, t):
         for g in groups:
-            rows[g] = T.call_extern("int64", "tilemla::shuffle", place[0], g * 8 + t.tx % WARP // 4)
+            rows[g] = T.call_extern("int64", "tilemla::shuffle", place[0], g * _GROUP + t.tx % WARP // 4)
             if scales_apart:
-                rows[2 + g] = T.call_extern("int64", "tilemla::shuffle", place[1], g * 8 + t.tx % WARP // 4)
+                rows[2 + g] = T.call_extern("int64", "tilemla::shuffle", place[1], g * _GROUP + t.tx % WARP // 4)
 
     @T.macro
-    def load_scales(scales, rows, t):
+    def load_scale(scales, piece, rows, t):
         for g in groups:
             T.call_extern(
                 "handle",
-                f"tilemla::load_scales<{by_bytes}>",
-                T.address_of(scales[g * scale_words]),
-                rows[2 + g] if scales_apart else T.Select(rows[g] != 0, rows[g] + layout.head_dim_nope, T.int64(0)),
+                f"tilemla::load_scale<{by_bytes}>",
+                T.address_of(scales[g * NUM_PIECES + piece]),
+                rows[2 + g] if scales_apart else rows[g],
+                (0 if scales_apart else layout.head_dim_nope) + piece * scale_bytes,
             )
 
     @T.macro
@@ -232,15 +255,17 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 "handle",
                 f"tilemla::load_atoms<{first}, {atoms}>",
                 T.address_of(raw[g * words]),
-                T.Select(rows[g] != 0, rows[g] + t.tx % 4 * 16, T.int64(0)),
+                T.Select(rows[g] != 0, rows[g] + t.tx % 4 * _CHUNK_BYTES, T.int64(0)),
             )
 
     @T.macro
-    def copy_later(place, stage, warp, t):
+    def copy_later(place, stage, first_row, t):
         # Eight lanes copy the bytes of a token's two atoms; which of them is first alternates, as four lanes read it.
         lines = T.alloc_local((len(passes),), "int64")
         for k in passes:
-            lines[k] = T.call_extern("int64", "tilemla::shuffle", place[0], k * 4 + t.tx % WARP // _CHUNK)
+            lines[k] = T.call_extern(
+                "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
+            )
         for piece, first, free in later:
             for k in passes:
                 T.call_extern(
@@ -251,27 +276,28 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                         "tilemla::shift",
                         T.address_of(t.kv[0, 0, 0]),
                         (stage * _STAGE_ATOMS) * ATOM_BYTES
-                        + (warp * TOKENS_PER_WARP + k * 4 + t.tx % WARP // _CHUNK) * _ROW_BYTES
-                        + T.bitwise_xor(t.tx % _CHUNK, t.tx % (2 * _CHUNK) // _CHUNK * 4) * 16,
+                        + (first_row + k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK) * _ROW_BYTES
+                        + T.bitwise_xor(t.tx % _CHUNK, t.tx % (2 * _CHUNK) // _CHUNK * 4) * _CHUNK_BYTES,
                     ),
                     lines[k],
                     free,
-                    first * SLICE - free * _ROW_BYTES + t.tx % _CHUNK * 16,
+                    first * SLICE - free * _ROW_BYTES + t.tx % _CHUNK * _CHUNK_BYTES,
                 )
-            if piece == NUM_PIECES - 1:
-                for k in passes:
-                    T.call_extern(
-                        "handle",
-                        "tilemla::gather_atoms<1>",
-                        _to(stage, warp * TOKENS_PER_WARP + k * 4 + t.tx % WARP // _CHUNK, t.tx % _CHUNK, t),
-                        lines[k],
-                        num_atoms,
-                        rope_offset - num_atoms * _ROW_BYTES + t.tx % _CHUNK * 16,
-                    )
-            T.ptx_commit_group()
+            if piece < NUM_PIECES - 1:
+                T.ptx_commit_group()
+        for k in passes:
+            T.call_extern(
+                "handle",
+                "tilemla::gather_atoms<1>",
+                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, t),
+                lines[k],
+                num_atoms,
+                rope_offset - num_atoms * _ROW_BYTES + t.tx % _CHUNK * _CHUNK_BYTES,
+            )
+        T.ptx_commit_group()
 
     @T.macro
-    def read_bytes(raw, stage, warp, free, g, t):
+    def read_bytes(raw, stage, first_row, free, g, t):
         T.call_extern(
             "handle",
             "tilemla::read_bytes",
@@ -281,25 +307,71 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 "tilemla::shift",
                 T.address_of(t.kv[0, 0, 0]),
                 (stage * _STAGE_ATOMS + free) * ATOM_BYTES
-                + (warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4) * _ROW_BYTES
-                + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * 16,
+                + (first_row + g * _GROUP + t.tx % WARP // 4) * _ROW_BYTES
+                + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * _CHUNK_BYTES,
             ),
         )
 
     @T.macro
-    def store(raw, offset, scales, stage, warp, first, atoms, g, t):
+    def store(raw, offset, scales, stage, first_row, piece, first, atoms, g, t):
         T.call_extern(
             "handle",
             f"tilemla::store_atoms<{by_bytes}, {first}, {atoms}>",
-            _to(stage, warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4, t.tx % 4 * 2, t),
+            _to(stage, first_row, g * _GROUP + t.tx % WARP // 4, t.tx % 4 * 2, t),
             T.address_of(raw[offset]),
-            T.address_of(scales[g * scale_words]),
+            scales[g * NUM_PIECES + piece],
         )
 
     @T.macro
-    def hand_over(stage, piece, t):
-        T.sync_warp()
-        arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
+    def send_last(stage, word, first_row, distance, t):
+        # The rope part, where P will soon be, and the mask.
+        barrier = T.address_of(t.full[stage * NUM_PIECES + NUM_PIECES - 1])
+        for k in passes:
+            row = k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
+            T.call_extern(
+                "handle",
+                "tilemla::send_chunk",
+                T.call_extern(
+                    "handle",
+                    "tilemla::shift",
+                    _to(stage, first_row, row, t.tx % _CHUNK, t),
+                    num_atoms * ATOM_BYTES,
+                ),
+                barrier,
+                distance,
+            )
+        if t.tx % WARP == 0:
+            T.call_extern("handle", "tilemla::send_word", T.address_of(t.valid[stage, word]), barrier, distance)
+
+    @T.macro
+    def hand_over(stage, piece, word, first_row, distance, t):
+        if piece == NUM_PIECES - 1 and not later:
+            T.call_extern("handle", "tilemla::wait_copies<0>")  # of the rope part
+        if blocks == ALONE:
+            T.sync_warp()
+            arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
+        else:
+            # The warp's rows of an atom lie side by side: what is there is copied to the other thread block as it is.
+            T.fence_proxy_async()
+            T.sync_warp()
+            if piece == NUM_PIECES - 1:
+                send_last(stage, word, first_row, distance, t)
+            if t.tx % WARP == 0:
+                T.mbarrier_arrive_expect_tx(t.full[stage * NUM_PIECES + piece], bytes_of_piece[piece])
+                for atom in atoms_of_piece[piece]:
+                    T.call_extern(
+                        "handle",
+                        "tilemla::copy_to_other",
+                        T.call_extern(
+                            "handle",
+                            "tilemla::shift",
+                            T.address_of(t.kv[0, 0, 0]),
+                            (stage * _STAGE_ATOMS + atom) * ATOM_BYTES + first_row * _ROW_BYTES,
+                        ),
+                        tokens * _ROW_BYTES,
+                        T.address_of(t.full[stage * NUM_PIECES + piece]),
+                        distance,
+                    )
 
     @T.macro
     def producer(t):
@@ -307,17 +379,21 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
         index = T.alloc_local((2,), "int32")
         place = T.alloc_local((2,), "int64")
         rows = T.alloc_local((4,), "int64")
-        ahead = [T.alloc_local((2 * words,), "uint32") for _ in loaded]
-        raw = [T.alloc_local((words,), "uint32") for _ in groups]
-        scales = T.alloc_local((2 * scale_words,), "uint32")
-        next_scales = T.alloc_local((2 * scale_words,), "uint32")
+        ahead = [T.alloc_local((len(groups) * words,), "uint32") for _ in loaded]
+        raw = [T.alloc_local((words,), "uint32") for _ in range(2)]
+        scales = T.alloc_local((len(groups) * NUM_PIECES,), "uint32")
         turn = T.alloc_var("int32", init=0)
-        warp = t.tx % WARPGROUP // WARP
-        walk.start(place, index, cursor, t)
+        first_row = T.alloc_var("int32", init=first_row_of(blocks, t))
+        word = T.truncdiv(first_row, tokens)
+        distance = T.alloc_var("uint32", init=0)
+        if blocks != ALONE:
+            distance = T.call_extern("uint32", "tilemla::distance_to_other", T.address_of(t.kv[0, 0, 0]))
+        walk.start(place, index, cursor, first_row, t)
         find_rows(rows, place, t)
-        load_scales(next_scales, rows, t)
-        for piece, first, atoms in loaded:
-            load_piece(ahead[piece], first, atoms, rows, t)
+        for piece, first, atoms, kept in pieces:
+            load_scale(scales, piece, rows, t)
+            if kept is None:
+                load_piece(ahead[piece], first, atoms, rows, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             end = T.alloc_var("int32", init=bounds.end)
@@ -327,32 +403,28 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 for piece in T.unroll(NUM_PIECES):
                     T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
                 if t.tx % WARP == 0:
-                    t.valid[stage, warp] = T.bitwise_and(valid, 2**TOKENS_PER_WARP - 1)
-                copy_later(place, stage, warp, t)
-                walk.step(place, index, cursor, t)
-                if roles.prefetches:
-                    prefetch(place, layout.bytes_apart, t)
-                for i in T.unroll(2 * scale_words):
-                    scales[i] = next_scales[i]
+                    t.valid[stage, word] = T.bitwise_and(valid, 2**tokens - 1)
+                copy_later(place, stage, first_row, t)
+                walk.step(place, index, cursor, first_row, t)
                 find_rows(rows, place, t)
-                load_scales(next_scales, rows, t)
-                for piece, first, atoms, free, g, follows in units:
+                for parity, piece, first, atoms, kept, g, follow in units:
                     # What is converted next is read before this is.
-                    if follows is not None:
-                        next_piece, next_free, next_g = follows
+                    if follow is not None:
+                        next_piece, next_free, next_g = follow
                         if next_g == 0:
-                            T.ptx_wait_group(NUM_PIECES - 1 - next_piece)
+                            T.call_extern("handle", f"tilemla::wait_copies<{NUM_PIECES - 1 - next_piece}>")
                             T.sync_warp()
-                        read_bytes(raw[next_g], stage, warp, next_free, next_g, t)
+                        read_bytes(raw[1 - parity], stage, first_row, next_free, next_g, t)
                         # Where these bytes lay may be where others of the warp store.
                         T.sync_warp()
-                    if free is None:
-                        store(ahead[piece], g * words, scales, stage, warp, first, atoms, g, t)
+                    if kept is None:
+                        store(ahead[piece], g * words, scales, stage, first_row, piece, first, atoms, g, t)
                     else:
-                        store(raw[g], 0, scales, stage, warp, first, atoms, g, t)
+                        store(raw[parity], 0, scales, stage, first_row, piece, first, atoms, g, t)
                     if g == groups[-1]:
-                        hand_over(stage, piece, t)
-                        if free is None:
+                        hand_over(stage, piece, word, first_row, distance, t)
+                        load_scale(scales, piece, rows, t)
+                        if kept is None:
                             load_piece(ahead[piece], first, atoms, rows, t)
                 turn = next_turn(turn, NUM_STAGES)
 

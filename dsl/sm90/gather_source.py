@@ -36,16 +36,6 @@ __device__ __forceinline__ int divide(int number, unsigned factor, unsigned shif
   return static_cast<int>((__umulhi(number, factor) + number) >> shift);
 }
 
-// A share of the lines of BYTES from an address on, a multiple of 16, on its way to L2.
-template <int BYTES> __device__ __forceinline__ void prefetch(long long from, int share) {
-  constexpr int LINES = (BYTES + 127) / 128, OF_A_SHARE = (LINES + 1) / 2;
-#pragma unroll
-  for (int i = 0; i < OF_A_SHARE; ++i) {
-    const int line = min(share * OF_A_SHARE + i, LINES - 1);
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + line * 128) : "memory");
-  }
-}
-
 // A row's 16-byte chunk of each of ATOMS atoms, asynchronously.
 template <int ATOMS>
 __device__ __forceinline__ void gather_atoms(void *to, long long from, int atom, int offset) {
@@ -90,29 +80,34 @@ __device__ __forceinline__ void read_bytes(unsigned *raw, const void *from) {
   }
 }
 
-// The scales of a token as they lie in memory: four float32, or with BYTES eight e8m0, the last a pad. Those of an
-// invalid token are 0, whose values are 0, too: nothing here waits for what is loaded.
-template <bool BYTES> __device__ __forceinline__ void load_scales(unsigned *scales, long long from) {
-  if constexpr (BYTES) {
-    uint2 v = make_uint2(0, 0);
-    if (from != 0) {
-      asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+// The scale of a piece, a float32, or with BYTES two e8m0, one for each of its atoms. That of an invalid token is 0,
+// whose values are 0, too: nothing here waits for what is loaded.
+template <bool BYTES> __device__ __forceinline__ void load_scale(unsigned *scale, long long from, int offset) {
+  *scale = 0;
+  if (from != 0) {
+    if constexpr (BYTES) {
+      unsigned short v;
+      asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from + offset));
+      *scale = v;
+    } else {
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(*scale) : "l"(from + offset));
     }
-    scales[0] = v.x, scales[1] = v.y;
-  } else {
-    const uint4 v = load_16(from);
-    scales[0] = v.x, scales[1] = v.y, scales[2] = v.z, scales[3] = v.w;
   }
 }
 
-// The scale of an atom as the bits of a float32.
-template <bool BYTES> __device__ __forceinline__ unsigned scale_of(const unsigned *scales, int atom) {
+// The scale of an atom of a piece as a float32.
+template <bool BYTES> __device__ __forceinline__ float scale_of(unsigned scale, int atom) {
   if constexpr (BYTES) {
-    const unsigned exponent = scales[atom / 4] >> atom % 4 * 8 & 0xffu;
-    return exponent == 0xffu ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23;
+    const unsigned exponent = scale >> atom * 8 & 0xffu;
+    return __uint_as_float(exponent == 0xffu ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23);
   } else {
-    return scales[atom / 2];
+    return __uint_as_float(scale);
   }
+}
+
+// Until all but the last COUNT groups of copies are there.
+template <int COUNT> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
 }
 
 // bfloat16(e4m3 * scale) of bytes 0 and 1, or with HIGH 2 and 3: one rounding, whatever the scale, and NaN stays NaN.
@@ -130,11 +125,11 @@ template <bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned wor
 
 // 16 values of each of ATOMS atoms from the FIRST on: two chunks of a row.
 template <bool BYTES, int FIRST, int ATOMS>
-__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, const unsigned *scales) {
+__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, unsigned piece_scale) {
   const unsigned place = shared_address(to);
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
-    const float scale = __uint_as_float(scale_of<BYTES>(scales, FIRST + i));
+    const float scale = scale_of<BYTES>(piece_scale, i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned first = raw[i * 4 + half * 2], second = raw[i * 4 + half * 2 + 1];
@@ -144,6 +139,43 @@ __device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, const
                    : "memory");
     }
   }
+}
+
+__device__ __forceinline__ int rank_in_cluster() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// How far from an address here that of the same place in the other thread block of a pair is.
+__device__ __forceinline__ unsigned distance_to_other(const void *pointer) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(pointer)), "r"(rank_in_cluster() ^ 1));
+  return there - shared_address(pointer);
+}
+
+// Bytes, a chunk or a word, to the same place in the other thread block, at whose barrier they count once they are
+// there.
+__device__ __forceinline__ void copy_to_other(const void *from, int bytes, const void *barrier, unsigned distance) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(from) + distance),
+               "r"(shared_address(from)), "r"(bytes), "r"(shared_address(barrier) + distance)
+               : "memory");
+}
+
+__device__ __forceinline__ void send_chunk(const void *from, const void *barrier, unsigned distance) {
+  const uint4 v = *static_cast<const uint4 *>(from);
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   shared_address(from) + distance),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(shared_address(barrier) + distance)
+               : "memory");
+}
+
+__device__ __forceinline__ void send_word(const int *from, const void *barrier, unsigned distance) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   shared_address(from) + distance),
+               "r"(*from), "r"(shared_address(barrier) + distance)
+               : "memory");
 }
 
 } // namespace tilemla

@@ -6,6 +6,7 @@ warpgroup gathers the 64 tokens of a block from anywhere in the cache, and conve
 `sparse_output`). The combine kernel is launched under the tail of this one.
 """
 
+import functools
 import operator
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +32,16 @@ from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
-    EMPTY_ARRIVALS,
+    ALONE,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
     OUTPUT_REGISTERS,
+    PAIR,
     QUARTER,
     ROLES,
     blocks_of_request,
+    empty_arrivals,
 )
 from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, STAGE_COLUMNS, WARPGROUP
 from tilemla.dsl.sm90.way_out import make_way_out
@@ -50,7 +53,7 @@ def _head_sink(head, row, t):
     return t.attn_sink[row]
 
 
-def make_sparse_decode_program(spec, config) -> Program:
+def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program:
     """Make the sparse split-KV decode and combine kernels of a spec.
 
     Parameters
@@ -59,6 +62,9 @@ def make_sparse_decode_program(spec, config) -> Program:
         Of architecture ``"sm_90a"`` and kernel ``"mla_sparse_decode"``.
     config : KernelConfig
         What the combine kernel is tuned by.
+    paired : bool
+        Whether the thread blocks of two neighbouring tiles form a cluster and convert the tokens of a block together:
+        for caches of bytes, and heads that make an even number of tiles.
 
     Returns
     -------
@@ -70,7 +76,14 @@ def make_sparse_decode_program(spec, config) -> Program:
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     layout = FP8_LAYOUTS.get(spec.kv_format)
     roles = ROLES[spec.kv_format]
+    if paired: import dataclasses, os; roles = dataclasses.replace(roles, **eval(os.environ.get("PR","dict(producer_registers=72, score_registers=120, q_steps=7)")))
     full_arrivals = roles.full_arrivals
+    if paired:
+        blocks, alloc_empty = PAIR, T.alloc_cluster_barrier
+        open_grid = functools.partial(T.ClusterKernel, cluster_dims=PAIR)
+    else:
+        blocks, alloc_empty, open_grid = ALONE, T.alloc_barrier, T.Kernel
+    num_words = NUM_WARPS * blocks
     b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
     num_pages, extra_num_pages, num_sm_parts = T.dynamic("num_pages, extra_num_pages, num_sm_parts")
     len_num_splits, max_num_splits, len_sink = T.dynamic("len_num_splits, max_num_splits, len_sink")
@@ -101,8 +114,8 @@ def make_sparse_decode_program(spec, config) -> Program:
     def write_sums(request, row, half, row_sum, running_max, t):
         softmax.write_lse(request, row, row_sum[half], running_max[half], t)
 
-    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums)
-    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request)
+    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums, blocks=blocks)
+    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request, blocks)
     combine = make_combine(head_dim_v, accum, config, early=True, read_sink=_head_sink)
 
     @T.macro
@@ -155,11 +168,11 @@ def make_sparse_decode_program(spec, config) -> Program:
         else:
             find_extra(place, index, t)
 
-    walk = make_walk(blocks_of_request, read_index, address)
+    walk = make_walk(blocks_of_request, read_index, address, blocks)
     if layout is None:
         producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_request)
     else:
-        producer = make_fp8_producer(layout, roles, walk, blocks_of_request)
+        producer = make_fp8_producer(layout, roles, walk, blocks_of_request, blocks)
 
     def q_tile(request, t):
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
@@ -189,18 +202,18 @@ def make_sparse_decode_program(spec, config) -> Program:
         has_sink: T.int32,
     ):
         # Tiles of a part lie side by side: those of a query read the same tokens.
-        with T.Kernel(T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE) as (
+        with open_grid(T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE) as (
             part_and_tile,
             query,
         ):
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
             alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
             inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
-            valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
+            valid = T.alloc_shared((NUM_STAGES, num_words), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
             reciprocals = T.alloc_shared((4,), "uint32", scope="shared")  # of the page sizes, for divisions
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(EMPTY_ARRIVALS)  # the warps that multiply with a piece of V, or with P, are done
+            empty = alloc_empty(empty_arrivals(blocks))  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 
@@ -280,6 +293,8 @@ def make_sparse_decode_program(spec, config) -> Program:
             else:
                 T.set_max_nreg(roles.producer_registers, 0)
                 producer(t)
+            if paired:
+                T.cluster_sync()  # and are until nobody stores or arrives there any more
 
         merging = SimpleNamespace(
             out_accum=out_accum,

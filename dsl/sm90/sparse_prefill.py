@@ -18,13 +18,14 @@ from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
-    EMPTY_ARRIVALS,
+    ALONE,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
     OUTPUT_REGISTERS,
     QUARTER,
     ROLES,
+    empty_arrivals,
 )
 from tilemla.dsl.sm90.tile import (
     HALF,
@@ -149,7 +150,7 @@ def make_sparse_prefill_program(spec) -> Program:
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, first query and last
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(EMPTY_ARRIVALS)  # the warps that multiply with a piece of V, or with P, are done
+            empty = T.alloc_barrier(empty_arrivals(ALONE))  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
             true_max = T.alloc_local((2,), accum)

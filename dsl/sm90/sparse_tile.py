@@ -28,8 +28,15 @@ PIECES_AS_FREED = (0, 2, 1, 3)
 
 WARP = 32
 NUM_WARPS = WARPGROUP // WARP  # of the producer
-TOKENS_PER_WARP = BLOCK_N // NUM_WARPS
-ALL_TOKENS = 2**TOKENS_PER_WARP - 1  # a warp's word of the mask when each of its tokens is valid
+
+# Thread blocks of a cluster, which have neighbouring tiles of the same heads and so the same tokens: each converts half
+# of a block and stores it to both. Otherwise a thread block is alone.
+ALONE, PAIR = 1, 2
+
+
+def tokens_of_warp(blocks: int) -> int:
+    """Tokens of a block that a warp of the producer gathers, where that many thread blocks do; its word of the mask."""
+    return BLOCK_N // NUM_WARPS // blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +55,6 @@ class Roles:
         do, when what they stored is there for wgmma.
     pieces : tuple of int
         Their first columns.
-    prefetches : bool
-        Whether a block's tokens are asked into L2 while the block before is gathered.
     """
 
     score_registers: int
@@ -57,29 +62,33 @@ class Roles:
     q_steps: int
     copies_arrive: bool
     pieces: tuple[int, ...]
-    prefetches: bool = True
-    pieces_loaded: int = 2
 
     @property
     def full_arrivals(self) -> list[int]:
-        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives."""
+        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives.
+
+        What the other thread block of a pair stores counts by its bytes.
+        """
         if self.copies_arrive:
             return ([WARPGROUP] * (NUM_PIECES - 1) + [WARPGROUP + NUM_WARPS]) * NUM_STAGES
         return [NUM_WARPS] * NUM_PIECES * NUM_STAGES
 
 
-# Warps at the barriers of what an output warpgroup frees, a piece at a time.
-EMPTY_ARRIVALS = ([NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]) * NUM_STAGES
+
+def empty_arrivals(blocks: int) -> list[int]:
+    """Warps at the barriers of what an output warpgroup frees, a piece at a time, of that many thread blocks."""
+    return [count * blocks for count in [NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]] * NUM_STAGES
+
 
 ROLES = {
     "dense": Roles(
         score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True, pieces=(0, 128, 256, 384)
     ),
     "fp8_656": Roles(
-        score_registers=104, producer_registers=88, q_steps=4, copies_arrive=False, pieces=(0, 128, 256, 384)
+        score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False, pieces=(0, 128, 256, 384)
     ),
     "fp8_584": Roles(
-        score_registers=104, producer_registers=88, q_steps=4, copies_arrive=False, pieces=(0, 64, 192, 320)
+        score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False, pieces=(0, 128, 256, 384)
     ),
 }
 
