@@ -14,7 +14,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
     NUM_PIECES,
     NUM_STAGES,
-    NUM_WARPS,
+    PIECES,
     WARP,
     Roles,
     columns_of_pieces,
@@ -33,6 +33,7 @@ from tilemla.dsl.sm90.tile import (
 
 _CHUNK = 8  # elements of 16 bytes
 _CHUNK_BYTES = 16
+_BARRIER_BYTES = 8
 _ROW_BYTES = 128  # of an atom
 _STAGE_ATOMS = STAGE_COLUMNS // SLICE
 _TOKENS_PER_PASS = WARP // _CHUNK  # that a warp copies 128 bytes of at once, and whose rows a swizzle tells apart
@@ -46,16 +47,15 @@ _GROUP = 8  # tokens that a warp converts two atoms of at once
 _PIECES_LOADED = {1: 1, 2: 4}  # to registers before their stage is free, by the thread blocks that share a block
 
 
-def _to(stage, first_row, row, chunk, t) -> Any:
-    """Address of a chunk of a row of the first atom of a stage; `first_row` is a multiple of 8."""
-    return T.call_extern(
-        "handle",
-        "tilemla::shift",
-        T.address_of(t.kv[0, 0, 0]),
-        (stage * _STAGE_ATOMS) * ATOM_BYTES
-        + first_row * _ROW_BYTES
-        + (row * _ROW_BYTES + T.bitwise_xor(chunk, row % 8) * _CHUNK_BYTES),
-    )
+def _to(stage, first_row, row, chunk, kv) -> Any:
+    """Address of a chunk of a row of the first atom of a stage; `first_row` is a multiple of 8, `kv` that of stages."""
+    within = row * _ROW_BYTES + T.bitwise_xor(chunk, row % 8) * _CHUNK_BYTES
+    return kv + (stage * _STAGE_ATOMS * ATOM_BYTES + first_row * _ROW_BYTES + within)
+
+
+def shared_address(buffer: Any, *indices: Any) -> Any:
+    """Of an element in shared memory, as the 32 bits that its instructions take, int32: worth keeping."""
+    return T.call_extern("int32", "tilemla::shared_address", T.address_of(buffer[indices]))
 
 
 def first_row_of(blocks: int, t) -> Any:
@@ -145,6 +145,7 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
         rows = T.alloc_local((len(passes),), "int64")
         turn = T.alloc_var("int32", init=0)
         warp = t.tx % WARPGROUP // WARP
+        kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
         first_row = first_row_of(ALONE, t)
         walk.start(place, index, cursor, first_row, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
@@ -163,7 +164,7 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
                         T.call_extern(
                             "handle",
                             f"tilemla::gather_atoms<{atoms}>",
-                            _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, t),
+                            _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
                             rows[k],
                             atom,
                             t.tx % _CHUNK * _CHUNK_BYTES,
@@ -180,7 +181,7 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
     return producer
 
 
-def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_of: Any, blocks: int = ALONE) -> Any:
+def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks: int = ALONE) -> Any:
     """Make the macro ``producer(t)`` for a cache of bytes: what is converted in place lay in the stage before.
 
     Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. The first pieces of a block
@@ -191,8 +192,6 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
     ----------
     layout : Fp8Layout
         Of a token.
-    roles : Roles
-        Its pieces.
     walk : SimpleNamespace
         Of `make_walk`.
     blocks_of : callable
@@ -206,7 +205,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
     num_atoms = layout.head_dim_nope // SLICE
     rope_offset = layout.head_dim_nope + (0 if scales_apart else layout.scale_bytes)
     tokens = tokens_of_warp(blocks)
-    firsts = [column // SLICE for column in roles.pieces]
+    firsts = [column // SLICE for column in PIECES]
     ends = (*firsts[1:], num_atoms)
     # Number, first atom and atoms of a piece, and where its bytes lie until it is converted, None for registers.
     kept_at = (None, *firsts[2:], _STAGE_ATOMS - 1 if scales_apart else num_atoms - 1)
@@ -255,11 +254,12 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 "handle",
                 f"tilemla::load_atoms<{first}, {atoms}>",
                 T.address_of(raw[g * words]),
-                T.Select(rows[g] != 0, rows[g] + t.tx % 4 * _CHUNK_BYTES, T.int64(0)),
+                rows[g],
+                t.tx % 4 * _CHUNK_BYTES,
             )
 
     @T.macro
-    def copy_later(place, stage, first_row, t):
+    def copy_later(place, stage, first_row, kv, t):
         # Eight lanes copy the bytes of a token's two atoms; which of them is first alternates, as four lanes read it.
         lines = T.alloc_local((len(passes),), "int64")
         for k in passes:
@@ -271,13 +271,11 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 T.call_extern(
                     "handle",
                     "tilemla::gather_atoms<1>",
-                    T.call_extern(
-                        "handle",
-                        "tilemla::shift",
-                        T.address_of(t.kv[0, 0, 0]),
-                        (stage * _STAGE_ATOMS) * ATOM_BYTES
+                    kv
+                    + (
+                        stage * _STAGE_ATOMS * ATOM_BYTES
                         + (first_row + k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK) * _ROW_BYTES
-                        + T.bitwise_xor(t.tx % _CHUNK, t.tx % (2 * _CHUNK) // _CHUNK * 4) * _CHUNK_BYTES,
+                        + T.bitwise_xor(t.tx % _CHUNK, t.tx % (2 * _CHUNK) // _CHUNK * 4) * _CHUNK_BYTES
                     ),
                     lines[k],
                     free,
@@ -289,7 +287,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
             T.call_extern(
                 "handle",
                 "tilemla::gather_atoms<1>",
-                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, t),
+                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
                 lines[k],
                 num_atoms,
                 rope_offset - num_atoms * _ROW_BYTES + t.tx % _CHUNK * _CHUNK_BYTES,
@@ -297,54 +295,52 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
         T.ptx_commit_group()
 
     @T.macro
-    def read_bytes(raw, stage, first_row, free, g, t):
+    def read_bytes(raw, stage, first_row, kept, g, kv, t):
         T.call_extern(
             "handle",
             "tilemla::read_bytes",
             T.address_of(raw[0]),
-            T.call_extern(
-                "handle",
-                "tilemla::shift",
-                T.address_of(t.kv[0, 0, 0]),
-                (stage * _STAGE_ATOMS + free) * ATOM_BYTES
+            kv
+            + (
+                (stage * _STAGE_ATOMS + kept) * ATOM_BYTES
                 + (first_row + g * _GROUP + t.tx % WARP // 4) * _ROW_BYTES
-                + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * _CHUNK_BYTES,
+                + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * _CHUNK_BYTES
             ),
         )
 
     @T.macro
-    def store(raw, offset, scales, stage, first_row, piece, first, atoms, g, t):
+    def store(raw, offset, scales, stage, first_row, piece, first, atoms, g, kv, t):
         T.call_extern(
             "handle",
             f"tilemla::store_atoms<{by_bytes}, {first}, {atoms}>",
-            _to(stage, first_row, g * _GROUP + t.tx % WARP // 4, t.tx % 4 * 2, t),
+            _to(stage, first_row, g * _GROUP + t.tx % WARP // 4, t.tx % 4 * 2, kv),
             T.address_of(raw[offset]),
             scales[g * NUM_PIECES + piece],
         )
 
     @T.macro
-    def send_last(stage, word, first_row, distance, t):
+    def send_last(stage, word, first_row, kv, there, t):
         # The rope part, where P will soon be, and the mask.
-        barrier = T.address_of(t.full[stage * NUM_PIECES + NUM_PIECES - 1])
         for k in passes:
-            row = k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
             T.call_extern(
                 "handle",
                 "tilemla::send_chunk",
-                T.call_extern(
-                    "handle",
-                    "tilemla::shift",
-                    _to(stage, first_row, row, t.tx % _CHUNK, t),
-                    num_atoms * ATOM_BYTES,
-                ),
-                barrier,
-                distance,
+                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv)
+                + num_atoms * ATOM_BYTES,
+                there.barrier(stage, NUM_PIECES - 1),
+                there.distance,
             )
         if t.tx % WARP == 0:
-            T.call_extern("handle", "tilemla::send_word", T.address_of(t.valid[stage, word]), barrier, distance)
+            T.call_extern(
+                "handle",
+                "tilemla::send_word",
+                shared_address(t.valid, stage, word),
+                there.barrier(stage, NUM_PIECES - 1),
+                there.distance,
+            )
 
     @T.macro
-    def hand_over(stage, piece, word, first_row, distance, t):
+    def hand_over(stage, piece, word, first_row, kv, there, t):
         if piece == NUM_PIECES - 1 and not later:
             T.call_extern("handle", "tilemla::wait_copies<0>")  # of the rope part
         if blocks == ALONE:
@@ -355,22 +351,17 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
             T.fence_proxy_async()
             T.sync_warp()
             if piece == NUM_PIECES - 1:
-                send_last(stage, word, first_row, distance, t)
+                send_last(stage, word, first_row, kv, there, t)
             if t.tx % WARP == 0:
-                T.mbarrier_arrive_expect_tx(t.full[stage * NUM_PIECES + piece], bytes_of_piece[piece])
+                T.call_extern("handle", "tilemla::expect", there.barrier(stage, piece), bytes_of_piece[piece])
                 for atom in atoms_of_piece[piece]:
                     T.call_extern(
                         "handle",
                         "tilemla::copy_to_other",
-                        T.call_extern(
-                            "handle",
-                            "tilemla::shift",
-                            T.address_of(t.kv[0, 0, 0]),
-                            (stage * _STAGE_ATOMS + atom) * ATOM_BYTES + first_row * _ROW_BYTES,
-                        ),
+                        kv + ((stage * _STAGE_ATOMS + atom) * ATOM_BYTES + first_row * _ROW_BYTES),
                         tokens * _ROW_BYTES,
-                        T.address_of(t.full[stage * NUM_PIECES + piece]),
-                        distance,
+                        there.barrier(stage, piece),
+                        there.distance,
                     )
 
     @T.macro
@@ -385,9 +376,14 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
         turn = T.alloc_var("int32", init=0)
         first_row = T.alloc_var("int32", init=first_row_of(blocks, t))
         word = T.truncdiv(first_row, tokens)
-        distance = T.alloc_var("uint32", init=0)
+        kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
+        there = None
         if blocks != ALONE:
-            distance = T.call_extern("uint32", "tilemla::distance_to_other", T.address_of(t.kv[0, 0, 0]))
+            full = T.alloc_var("int32", init=shared_address(t.full, 0))
+            distance = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::distance_to_other", kv))
+            there = SimpleNamespace(
+                distance=distance, barrier=lambda stage, piece: full + (stage * NUM_PIECES + piece) * _BARRIER_BYTES
+            )
         walk.start(place, index, cursor, first_row, t)
         find_rows(rows, place, t)
         for piece, first, atoms, kept in pieces:
@@ -404,9 +400,7 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                     T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
                 if t.tx % WARP == 0:
                     t.valid[stage, word] = T.bitwise_and(valid, 2**tokens - 1)
-                copy_later(place, stage, first_row, t)
-                walk.step(place, index, cursor, first_row, t)
-                find_rows(rows, place, t)
+                copy_later(place, stage, first_row, kv, t)
                 for parity, piece, first, atoms, kept, g, follow in units:
                     # What is converted next is read before this is.
                     if follow is not None:
@@ -414,15 +408,19 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                         if next_g == 0:
                             T.call_extern("handle", f"tilemla::wait_copies<{NUM_PIECES - 1 - next_piece}>")
                             T.sync_warp()
-                        read_bytes(raw[1 - parity], stage, first_row, next_free, next_g, t)
+                        read_bytes(raw[1 - parity], stage, first_row, next_free, next_g, kv, t)
                         # Where these bytes lay may be where others of the warp store.
                         T.sync_warp()
                     if kept is None:
-                        store(ahead[piece], g * words, scales, stage, first_row, piece, first, atoms, g, t)
+                        store(ahead[piece], g * words, scales, stage, first_row, piece, first, atoms, g, kv, t)
                     else:
-                        store(raw[parity], 0, scales, stage, first_row, piece, first, atoms, g, t)
+                        store(raw[parity], 0, scales, stage, first_row, piece, first, atoms, g, kv, t)
                     if g == groups[-1]:
-                        hand_over(stage, piece, word, first_row, distance, t)
+                        hand_over(stage, piece, word, first_row, kv, there, t)
+                        if piece == 0:
+                            # Not earlier: what was loaded last would be waited for together with the index.
+                            walk.step(place, index, cursor, first_row, t)
+                            find_rows(rows, place, t)
                         load_scale(scales, piece, rows, t)
                         if kept is None:
                             load_piece(ahead[piece], first, atoms, rows, t)

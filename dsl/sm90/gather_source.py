@@ -14,8 +14,6 @@ __device__ __forceinline__ unsigned shared_address(const void *pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void *shift(void *pointer, int bytes) { return static_cast<char *>(pointer) + bytes; }
-
 __device__ __forceinline__ long long shuffle(long long value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
@@ -38,8 +36,8 @@ __device__ __forceinline__ int divide(int number, unsigned factor, unsigned shif
 
 // A row's 16-byte chunk of each of ATOMS atoms, asynchronously.
 template <int ATOMS>
-__device__ __forceinline__ void gather_atoms(void *to, long long from, int atom, int offset) {
-  const unsigned first = shared_address(to) + atom * 8192;
+__device__ __forceinline__ void gather_atoms(unsigned to, long long from, int atom, int offset) {
+  const unsigned first = to + atom * 8192;
   const int bytes = from != 0 ? 16 : 0;
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
@@ -49,33 +47,28 @@ __device__ __forceinline__ void gather_atoms(void *to, long long from, int atom,
   }
 }
 
-__device__ __forceinline__ uint4 load_16(long long from) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (from != 0) {
-    asm volatile("ld.global.nc.L1::evict_last.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-  }
-  return v;
-}
-
 // 16 of the e4m3 values of each of ATOMS atoms from the FIRST on.
-template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from) {
+template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from, int offset) {
+  const long long first = from + offset;
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
-    const uint4 v = load_16(from != 0 ? from + (FIRST + i) * 64 : 0);
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (from != 0) {
+      asm volatile("ld.global.nc.L1::evict_last.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(first + (FIRST + i) * 64));
+    }
     raw[i * 4] = v.x, raw[i * 4 + 1] = v.y, raw[i * 4 + 2] = v.z, raw[i * 4 + 3] = v.w;
   }
 }
 
 // The same of two atoms from shared memory, where their bytes are side by side, and which comes first makes bit 6.
-__device__ __forceinline__ void read_bytes(unsigned *raw, const void *from) {
-  const unsigned first = shared_address(from);
+__device__ __forceinline__ void read_bytes(unsigned *raw, unsigned from) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(raw[i * 4]), "=r"(raw[i * 4 + 1]), "=r"(raw[i * 4 + 2]), "=r"(raw[i * 4 + 3])
-                 : "r"(first ^ i * 64)
+                 : "r"(from ^ i * 64)
                  : "memory");
   }
 }
@@ -125,15 +118,14 @@ template <bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned wor
 
 // 16 values of each of ATOMS atoms from the FIRST on: two chunks of a row.
 template <bool BYTES, int FIRST, int ATOMS>
-__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, unsigned piece_scale) {
-  const unsigned place = shared_address(to);
+__device__ __forceinline__ void store_atoms(unsigned to, const unsigned *raw, unsigned piece_scale) {
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
     const float scale = scale_of<BYTES>(piece_scale, i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned first = raw[i * 4 + half * 2], second = raw[i * 4 + half * 2 + 1];
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"((place ^ half * 16) + (FIRST + i) * 8192),
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"((to ^ half * 16) + (FIRST + i) * 8192),
                    "r"(dequantise<false>(first, scale)), "r"(dequantise<true>(first, scale)),
                    "r"(dequantise<false>(second, scale)), "r"(dequantise<true>(second, scale))
                    : "memory");
@@ -148,33 +140,43 @@ __device__ __forceinline__ int rank_in_cluster() {
 }
 
 // How far from an address here that of the same place in the other thread block of a pair is.
-__device__ __forceinline__ unsigned distance_to_other(const void *pointer) {
+__device__ __forceinline__ int distance_to_other(unsigned address) {
   unsigned there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(pointer)), "r"(rank_in_cluster() ^ 1));
-  return there - shared_address(pointer);
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank_in_cluster() ^ 1));
+  return there - address;
+}
+
+// An arrival here, where so many bytes are still to come from the other thread block.
+__device__ __forceinline__ void expect(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Bytes, a chunk or a word, to the same place in the other thread block, at whose barrier they count once they are
 // there.
-__device__ __forceinline__ void copy_to_other(const void *from, int bytes, const void *barrier, unsigned distance) {
+__device__ __forceinline__ void copy_to_other(unsigned from, int bytes, unsigned barrier, int distance) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(from) + distance),
-               "r"(shared_address(from)), "r"(bytes), "r"(shared_address(barrier) + distance)
+                   from + distance),
+               "r"(from), "r"(bytes), "r"(barrier + distance)
                : "memory");
 }
 
-__device__ __forceinline__ void send_chunk(const void *from, const void *barrier, unsigned distance) {
-  const uint4 v = *static_cast<const uint4 *>(from);
+__device__ __forceinline__ void send_chunk(unsigned from, unsigned barrier, int distance) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   shared_address(from) + distance),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(shared_address(barrier) + distance)
+                   from + distance),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier + distance)
                : "memory");
 }
 
-__device__ __forceinline__ void send_word(const int *from, const void *barrier, unsigned distance) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
-                   shared_address(from) + distance),
-               "r"(*from), "r"(shared_address(barrier) + distance)
+__device__ __forceinline__ void send_word(unsigned from, unsigned barrier, int distance) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(from + distance),
+               "r"(v), "r"(barrier + distance)
                : "memory");
 }
 

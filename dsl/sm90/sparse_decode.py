@@ -39,9 +39,9 @@ from tilemla.dsl.sm90.sparse_tile import (
     OUTPUT_REGISTERS,
     PAIR,
     QUARTER,
-    ROLES,
     blocks_of_request,
     empty_arrivals,
+    roles_of,
 )
 from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, STAGE_COLUMNS, WARPGROUP
 from tilemla.dsl.sm90.way_out import make_way_out
@@ -75,14 +75,13 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     layout = FP8_LAYOUTS.get(spec.kv_format)
-    roles = ROLES[spec.kv_format]
-    if paired: import dataclasses, os; roles = dataclasses.replace(roles, **eval(os.environ.get("PR","dict(producer_registers=72, score_registers=120, q_steps=7)")))
-    full_arrivals = roles.full_arrivals
     if paired:
         blocks, alloc_empty = PAIR, T.alloc_cluster_barrier
         open_grid = functools.partial(T.ClusterKernel, cluster_dims=PAIR)
     else:
         blocks, alloc_empty, open_grid = ALONE, T.alloc_barrier, T.Kernel
+    roles = roles_of(spec.kv_format, blocks)
+    full_arrivals = roles.full_arrivals
     num_words = NUM_WARPS * blocks
     b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
     num_pages, extra_num_pages, num_sm_parts = T.dynamic("num_pages, extra_num_pages, num_sm_parts")
@@ -114,7 +113,9 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     def write_sums(request, row, half, row_sum, running_max, t):
         softmax.write_lse(request, row, row_sum[half], running_max[half], t)
 
-    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums, blocks=blocks)
+    score_warpgroup = make_score_warpgroup(
+        dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums, blocks=blocks
+    )
     output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request, blocks)
     combine = make_combine(head_dim_v, accum, config, early=True, read_sink=_head_sink)
 
@@ -172,7 +173,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     if layout is None:
         producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_request)
     else:
-        producer = make_fp8_producer(layout, roles, walk, blocks_of_request, blocks)
+        producer = make_fp8_producer(layout, walk, blocks_of_request, blocks)
 
     def q_tile(request, t):
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
@@ -213,7 +214,9 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
             reciprocals = T.alloc_shared((4,), "uint32", scope="shared")  # of the page sizes, for divisions
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = alloc_empty(empty_arrivals(blocks))  # the warps that multiply with a piece of V, or with P, are done
+            empty = alloc_empty(
+                empty_arrivals(blocks)
+            )  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 

@@ -24,8 +24,8 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_WARPS,
     OUTPUT_REGISTERS,
     QUARTER,
-    ROLES,
     empty_arrivals,
+    roles_of,
 )
 from tilemla.dsl.sm90.tile import (
     HALF,
@@ -58,7 +58,7 @@ def make_sparse_prefill_program(spec) -> Program:
     """
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
-    roles = ROLES["dense"]
+    roles = roles_of("dense")
     full_arrivals = roles.full_arrivals
     s_q, h_q, s_kv, topk, len_sink = T.dynamic("s_q, h_q, s_kv, topk, len_sink")
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")
@@ -150,7 +150,9 @@ def make_sparse_prefill_program(spec) -> Program:
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, first query and last
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(empty_arrivals(ALONE))  # the warps that multiply with a piece of V, or with P, are done
+            empty = T.alloc_barrier(
+                empty_arrivals(ALONE)
+            )  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
             true_max = T.alloc_local((2,), accum)

@@ -21,7 +21,8 @@ QUARTER = HALF // 2  # output columns of an accumulator, of which an output warp
 
 # A block comes in pieces, the last one with the rope part: each has a barrier, so that the scores start when the first
 # one is there.
-NUM_PIECES = 4
+PIECES = (0, 128, 256, 384)  # their first columns
+NUM_PIECES = len(PIECES)
 # The quarters of the output are freed one by one: by each output warpgroup the one of its first accumulator before that
 # of the second. The last piece holds P, too, which both read.
 PIECES_AS_FREED = (0, 2, 1, 3)
@@ -53,15 +54,12 @@ class Roles:
     copies_arrive : bool
         Whether the producer's asynchronous copies arrive at the barrier of a piece, each thread's. Otherwise its warps
         do, when what they stored is there for wgmma.
-    pieces : tuple of int
-        Their first columns.
     """
 
     score_registers: int
     producer_registers: int
     q_steps: int
     copies_arrive: bool
-    pieces: tuple[int, ...]
 
     @property
     def full_arrivals(self) -> list[int]:
@@ -74,30 +72,25 @@ class Roles:
         return [NUM_WARPS] * NUM_PIECES * NUM_STAGES
 
 
-
 def empty_arrivals(blocks: int) -> list[int]:
     """Warps at the barriers of what an output warpgroup frees, a piece at a time, of that many thread blocks."""
     return [count * blocks for count in [NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]] * NUM_STAGES
 
 
-ROLES = {
-    "dense": Roles(
-        score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True, pieces=(0, 128, 256, 384)
-    ),
-    "fp8_656": Roles(
-        score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False, pieces=(0, 128, 256, 384)
-    ),
-    "fp8_584": Roles(
-        score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False, pieces=(0, 128, 256, 384)
-    ),
-}
+def roles_of(kv_format: str, blocks: int = ALONE) -> Roles:
+    """The roles for a cache's format, where that many thread blocks gather the tokens of a block together."""
+    if kv_format == "dense":
+        return Roles(score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True)
+    if blocks == ALONE:
+        return Roles(score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False)
+    return Roles(score_registers=120, producer_registers=72, q_steps=7, copies_arrive=False)
 
 
 def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, int]]:
     """The pieces of a block as they come: number, first column and columns."""
-    ends = (*roles.pieces[1:], head_dim_qk)
+    ends = (*PIECES[1:], head_dim_qk)
     order = PIECES_AS_FREED if roles.copies_arrive else range(NUM_PIECES)
-    return [(i, roles.pieces[i], ends[i] - roles.pieces[i]) for i in order]
+    return [(i, PIECES[i], ends[i] - PIECES[i]) for i in order]
 
 
 def blocks_of_request(request, t) -> Any:
