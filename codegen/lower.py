@@ -288,6 +288,8 @@ class _HostWalk:
         where = dict(zip(map(str, function.attrs["tirx.kernel_launch_params"]), operands[count:], strict=True))
         attrs = function.attrs
         cluster = [int(where.pop(f"tir.cluster_dim_{axis}", 1)) for axis in "xyz"]
+        if not _is_of_cluster(function):
+            cluster = [1, 1, 1]  # TileLang launches all kernels of a program in the clusters of the first
         if attrs.get("use_cooperative_groups"):
             raise BuildError(f"{self.program}: kernel {kernel} needs a cooperative launch, which no launcher can do")
         smem = where.pop("tirx.use_dyn_shared_memory", 0)
@@ -306,6 +308,18 @@ class _HostWalk:
                 programmatic=bool(attrs.get("has_cuda_pdl_sync", 0)),
             )
         )
+
+
+def _is_of_cluster(function: Any) -> bool:
+    """Whether a kernel synchronises its cluster."""
+    found = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tirx.Call) and str(getattr(node.op, "name", "")).startswith("tl.cluster_"):
+            found.append(node)
+
+    tirx.stmt_functor.post_order_visit(function.body, visit)
+    return bool(found)
 
 
 def _c_type(param: Any) -> str:

@@ -64,12 +64,14 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
             }
         from tilemla.dsl.sm90.sparse_decode import make_sparse_decode_program as make_sparse_decode_program_sm90
 
-        return {
+        programs = {
             "get_mla_metadata": make_metadata_program_sm90(),
             "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
             "mla_sparse_decode": make_sparse_decode_program_sm90(spec, config),
-            **_appending(spec),
         }
+        if "mla_sparse_decode_paired" in spec.programs:
+            programs["mla_sparse_decode_paired"] = make_sparse_decode_program_sm90(spec, config, paired=True)
+        return {**programs, **_appending(spec)}
     if spec.arch == "cpu":
         from tilemla.dsl.decode_cpu import make_decode_program
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +195,7 @@ def _run(
     cache, indices, length = chosen.kernel_arguments()
     # Without a second cache its list is that of the first, of which nothing counts.
     second = (cache, indices, constant(device, batch_size, 0)) if extra is None else extra.kernel_arguments()
-    module.functions["mla_sparse_decode"](
+    _decode_of(module, num_heads_q)(
         q,
         cache,
         indices,
@@ -212,6 +213,13 @@ def _run(
         chosen.page_block_size if extra is None else extra.page_block_size,
         int(attn_sink is not None),
     )
+
+
+def _decode_of(module: LoadedModule, num_heads_q: int) -> Callable[..., None]:
+    """The program for that many heads: of an even number of tiles two and two share the conversion of their tokens."""
+    tiles = -(-num_heads_q // module.manifest.spec["block_m"])
+    name = "mla_sparse_decode" if tiles % 2 else "mla_sparse_decode_paired"
+    return module.functions.get(name) or module.functions["mla_sparse_decode"]
 
 
 def _check_chosen(

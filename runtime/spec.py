@@ -23,6 +23,8 @@ KERNELS = {
 _SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded", "mla_decode_plain_unfolded")}
 # What modules for sparse decode of a cache of bytes have besides: new tokens are quantised into it.
 _APPENDING = ("append_kv",)
+# And where thread blocks form clusters: two tiles of heads that convert the tokens of a block together.
+_PAIRED = ("mla_sparse_decode_paired",)
 # Those that results were compared on: what is built unless others are asked for.
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
@@ -107,8 +109,9 @@ class KernelSpec:
     @property
     def programs(self) -> tuple[str, ...]:
         """Names of the programs that the module is made of."""
-        appends = self.kernel == "mla_sparse_decode" and self.kv_format != "dense"
-        return KERNELS[self.kernel] + (_APPENDING if appends else ())
+        if self.kernel != "mla_sparse_decode" or self.kv_format == "dense":
+            return KERNELS[self.kernel]
+        return KERNELS[self.kernel] + (_PAIRED if self.arch == "sm_90a" else ()) + _APPENDING
 
     @property
     def exports(self) -> tuple[str, ...]:

@@ -72,6 +72,19 @@ def test_results_are_the_same_bit_for_bit(form):
 
 
 @by_format
+def test_tiles_that_share_their_tokens_give_what_each_gives_alone(form):
+    case = SparseCase(5, 2, 128, main=List(300, 16, lengths=(300, 0, 64, 65, 1)), extra=List(100, 3), **form)
+    inputs = make_sparse_inputs(case).to(DEVICE)
+    schedule = spread(case, 7)
+    out, lse = decode_sparse(case, inputs, schedule)
+    for first in (0, 64):
+        tile = dataclasses.replace(inputs, q=inputs.q[:, :, first : first + 64])
+        out_alone, lse_alone = decode_sparse(case, tile, schedule)
+        assert torch.equal(out[:, :, first : first + 64], out_alone)
+        assert torch.equal(lse[:, first : first + 64], lse_alone)
+
+
+@by_format
 @pytest.mark.parametrize("first", [0, 64, 128])
 def test_a_block_that_names_nothing(form, first):
     case = SparseCase(1, 1, 64, main=List(192, 9), invalid=0.0, **form)

@@ -1,7 +1,7 @@
 """The producer warpgroup: gather the tokens of a block by index, one by one, into a stage.
 
-Each of its four warps has 16 tokens of a block. Their indices are read by its lanes two blocks ahead and become
-addresses one block ahead, so that neither the list nor, with ``prefetch``, what the addresses point to is waited for.
+Each of its four warps has 16 tokens of a block, or 8 where two thread blocks gather it together. Their indices are read
+by its lanes two blocks ahead and become addresses one block ahead, so that nobody waits for the list.
 """
 
 from types import SimpleNamespace
@@ -9,13 +9,16 @@ from typing import Any
 
 import tilelang.language as T
 
+from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.sparse_tile import (
+    ALONE,
     NUM_PIECES,
     NUM_STAGES,
-    TOKENS_PER_WARP,
+    PIECES,
     WARP,
     Roles,
     columns_of_pieces,
+    tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
     ATOM_BYTES,
@@ -29,37 +32,56 @@ from tilemla.dsl.sm90.tile import (
 )
 
 _CHUNK = 8  # elements of 16 bytes
+_CHUNK_BYTES = 16
+_BARRIER_BYTES = 8
 _ROW_BYTES = 128  # of an atom
 _STAGE_ATOMS = STAGE_COLUMNS // SLICE
+_TOKENS_PER_PASS = WARP // _CHUNK  # that a warp copies 128 bytes of at once, and whose rows a swizzle tells apart
 
-# Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer.
-REQUEST, BLOCK, END, MAIN = range(4)
-CURSOR_SIZE = 4
+# Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer. Of the request: the
+# block, one past the last, the blocks of the main list, and how many indices each list has.
+REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(6)
+CURSOR_SIZE = 6
 
-
-def _to(stage, row, chunk, t) -> Any:
-    """Address of a chunk of a row of the first atom of a stage."""
-    return T.call_extern(
-        "handle",
-        "tilemla::shift",
-        T.address_of(t.kv[0, 0, 0]),
-        (stage * _STAGE_ATOMS) * ATOM_BYTES + row * _ROW_BYTES + T.bitwise_xor(chunk, row % 8) * 16,
-    )
+_GROUP = 8  # tokens that a warp converts two atoms of at once
+_PIECES_LOADED = {1: 1, 2: 4}  # to registers before their stage is free, by the thread blocks that share a block
 
 
-def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
+def _to(stage, first_row, row, chunk, kv) -> Any:
+    """Address of a chunk of a row of the first atom of a stage; `first_row` is a multiple of 8, `kv` that of stages."""
+    within = row * _ROW_BYTES + T.bitwise_xor(chunk, row % 8) * _CHUNK_BYTES
+    return kv + (stage * _STAGE_ATOMS * ATOM_BYTES + first_row * _ROW_BYTES + within)
+
+
+def shared_address(buffer: Any, *indices: Any) -> Any:
+    """Of an element in shared memory, as the 32 bits that its instructions take, int32: worth keeping."""
+    return T.call_extern("int32", "tilemla::shared_address", T.address_of(buffer[indices]))
+
+
+def first_row_of(blocks: int, t) -> Any:
+    """The first of the rows of a stage that a producer's warp gathers, int32."""
+    row = t.tx % WARPGROUP // WARP * tokens_of_warp(blocks)
+    if blocks == ALONE:
+        return row
+    return T.call_extern("int32", "tilemla::rank_in_cluster") * (BLOCK_N // blocks) + row
+
+
+def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE) -> SimpleNamespace:
     """Make the macros ``start`` and ``step`` of the walk over the blocks of all requests.
 
     Parameters
     ----------
     blocks_of : callable
-        Of request and t: first block, end and blocks of the main list.
+        Of request and t: first block, end, blocks of the main list, and the lengths of both.
     read_index : macro
-        ``(index, request, block, main, token, t)``: put the index of a token of a block into ``index[0]``, -1 when it
-        is past its list's end, and into ``index[1]`` whether the list is the extra one.
+        ``(index, cursor, token, t)``: put the index of a token of the cursor's block into ``index[0]``, -1 when it is
+        past its list's end, and into ``index[1]`` whether the list is the extra one.
     address : macro
         ``(place, index, t)``: put the address of ``index`` into ``place[0]``, 0 when it is invalid.
+    blocks : int
+        Thread blocks that gather a block's tokens together.
     """
+    tokens = tokens_of_warp(blocks)
 
     @T.macro
     def seek(cursor, t):
@@ -74,43 +96,37 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any) -> SimpleNamespace:
                 cursor[BLOCK] = begin
                 cursor[END] = end
                 cursor[MAIN] = bounds.main
+                cursor[LENGTH] = bounds.length
+                cursor[EXTRA_LENGTH] = bounds.extra_length
             else:
                 cursor[REQUEST] += 1
 
     @T.macro
-    def fetch(index, cursor, t):
+    def fetch(index, cursor, first_row, t):
         index[0] = -1
         index[1] = 0
         if cursor[REQUEST] <= t.part.end_request_inclusive:
-            token = t.tx % WARPGROUP // WARP * TOKENS_PER_WARP + t.tx % TOKENS_PER_WARP
-            read_index(index, cursor[REQUEST], cursor[BLOCK], cursor[MAIN], token, t)
+            read_index(index, cursor, first_row + t.tx % tokens, t)
             cursor[BLOCK] += 1
             if cursor[BLOCK] >= cursor[END]:
                 cursor[REQUEST] += 1
                 seek(cursor, t)
 
     @T.macro
-    def start(place, index, cursor, t):
+    def start(place, index, cursor, first_row, t):
         cursor[REQUEST] = t.part.begin_request
         seek(cursor, t)
-        fetch(index, cursor, t)
+        fetch(index, cursor, first_row, t)
         address(place, index, t)
-        fetch(index, cursor, t)
+        fetch(index, cursor, first_row, t)
 
     @T.macro
-    def step(place, index, cursor, t):
+    def step(place, index, cursor, first_row, t):
         # The addresses of the next block, and the indices of the one after it.
         address(place, index, t)
-        fetch(index, cursor, t)
+        fetch(index, cursor, first_row, t)
 
     return SimpleNamespace(start=start, step=step)
-
-
-@T.macro
-def prefetch(place, num_bytes, t) -> None:
-    """Ask the bytes of each lane's token into L2; the warp's tokens are those of its first lanes."""
-    if (t.tx % WARP < TOKENS_PER_WARP) & (place[0] != 0):
-        T.call_extern("handle", "tilemla::prefetch", place[0], num_bytes)
 
 
 def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, blocks_of: Any) -> Any:
@@ -119,7 +135,7 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
     A row's 128 bytes of an atom are copied by eight lanes, so that a copy of a warp is of four rows.
     """
     pieces = [(i, first // SLICE, width // SLICE) for i, first, width in columns_of_pieces(head_dim_qk, roles)]
-    passes = tuple(range(TOKENS_PER_WARP * _CHUNK // WARP))
+    passes = tuple(range(tokens_of_warp(ALONE) // _TOKENS_PER_PASS))
 
     @T.macro
     def producer(t):
@@ -129,7 +145,9 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
         rows = T.alloc_local((len(passes),), "int64")
         turn = T.alloc_var("int32", init=0)
         warp = t.tx % WARPGROUP // WARP
-        walk.start(place, index, cursor, t)
+        kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
+        first_row = first_row_of(ALONE, t)
+        walk.start(place, index, cursor, first_row, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             end = T.alloc_var("int32", init=bounds.end)
@@ -137,159 +155,214 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
                 for k in passes:
                     rows[k] = T.call_extern(
-                        "int64", "tilemla::shuffle", place[0], k * (WARP // _CHUNK) + t.tx % WARP // _CHUNK
+                        "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
                     )
                 valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
                 for piece, atom, atoms in pieces:
                     T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
                     for k in passes:
-                        row = warp * TOKENS_PER_WARP + k * (WARP // _CHUNK) + t.tx % WARP // _CHUNK
                         T.call_extern(
                             "handle",
                             f"tilemla::gather_atoms<{atoms}>",
-                            _to(stage, row, t.tx % _CHUNK, t),
+                            _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
                             rows[k],
                             atom,
-                            t.tx % _CHUNK * 16,
+                            t.tx % _CHUNK * _CHUNK_BYTES,
                         )
                     T.cp_async_barrier_noinc(t.full[stage * NUM_PIECES + piece])
                 if t.tx % WARP == 0:
-                    t.valid[stage, warp] = T.bitwise_and(valid, 2**TOKENS_PER_WARP - 1)
+                    t.valid[stage, warp] = T.bitwise_and(valid, 2 ** tokens_of_warp(ALONE) - 1)
                 # The mask is there, too.
                 T.sync_warp()
                 arrive_warp(t.full, stage * NUM_PIECES + NUM_PIECES - 1, t.tx)
-                walk.step(place, index, cursor, t)
-                if roles.prefetches:
-                    prefetch(place, head_dim_qk * 2, t)
+                walk.step(place, index, cursor, first_row, t)
                 turn = next_turn(turn, NUM_STAGES)
 
     return producer
 
 
-def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_of: Any) -> Any:
+def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks: int = ALONE) -> Any:
     """Make the macro ``producer(t)`` for a cache of bytes: what is converted in place lay in the stage before.
 
-    Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. The first piece of a block is
-    loaded to registers before its stage is free. The others are copied to shared memory, where the piece that is
+    Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. The first pieces of a block
+    are loaded to registers before its stage is free. The others are copied to shared memory, where the piece that is
     converted after each belongs, or past them all: a copy waits for nobody, and many are under way at once.
 
     Parameters
     ----------
     layout : Fp8Layout
         Of a token.
-    roles : Roles
-        Its pieces.
     walk : SimpleNamespace
         Of `make_walk`.
     blocks_of : callable
         Of request and t: first block, and one past the last.
+    blocks : int
+        Thread blocks that convert a block's tokens together, each a share, and store what comes of it to one another.
     """
     scales_apart = layout.scales_apart
     by_bytes = "true" if scales_apart else "false"
-    scale_words = 2 if scales_apart else 4
+    scale_bytes = 2 if scales_apart else 4  # of a piece
     num_atoms = layout.head_dim_nope // SLICE
     rope_offset = layout.head_dim_nope + (0 if scales_apart else layout.scale_bytes)
-    firsts = [column // SLICE for column in roles.pieces]
-    first_atoms = firsts[1]  # of the first piece; the others have two
-    # Number, first atom, and where its bytes lie until it is converted.
-    kept_at = (*firsts[2:], _STAGE_ATOMS - 1 if scales_apart else num_atoms - 1)
-    later = [(piece, firsts[piece], kept_at[piece - 1]) for piece in range(1, NUM_PIECES)]
-    groups = (0, 1)  # of eight tokens each
+    tokens = tokens_of_warp(blocks)
+    firsts = [column // SLICE for column in PIECES]
+    ends = (*firsts[1:], num_atoms)
+    # Number, first atom and atoms of a piece, and where its bytes lie until it is converted, None for registers.
+    kept_at = (None, *firsts[2:], _STAGE_ATOMS - 1 if scales_apart else num_atoms - 1)
+    pieces = [
+        (piece, first, end - first, None if piece < _PIECES_LOADED[blocks] else kept)
+        for piece, first, end, kept in zip(range(NUM_PIECES), firsts, ends, kept_at, strict=True)
+    ]
+    loaded = [(piece, first, atoms) for piece, first, atoms, kept in pieces if kept is None]
+    later = [(piece, first, kept) for piece, first, _, kept in pieces if kept is not None]
+    groups = tuple(range(tokens // _GROUP))
+    # In the order of their conversion: a piece and a group, and what is read from shared memory meanwhile: piece, place
+    # and group.
+    flat = [(*piece, g) for piece in pieces for g in groups]
+    follows = [(piece, kept, g) if kept is not None else None for piece, _, _, kept, g in flat[1:]] + [None]
+    units = tuple((n % 2, *unit, follow) for n, (unit, follow) in enumerate(zip(flat, follows, strict=True)))
     words = 8  # of 32 bits in two atoms that a thread converts
-    passes = tuple(range(TOKENS_PER_WARP * _CHUNK // WARP))
+    passes = tuple(range(tokens // _TOKENS_PER_PASS))
+    # Atoms of a piece, and bytes of it that a warp of the other thread block stores here; with the last one the rope
+    # part and its word of the mask.
+    atoms_of_piece = [tuple(range(first, end)) for first, end in zip(firsts, ends, strict=True)]
+    bytes_of_piece = [len(atoms) * _ROW_BYTES * tokens for atoms in atoms_of_piece]
+    bytes_of_piece[-1] += _ROW_BYTES * tokens + 4
 
     @T.macro
     def find_rows(rows, place, t):
         for g in groups:
-            rows[g] = T.call_extern("int64", "tilemla::shuffle", place[0], g * 8 + t.tx % WARP // 4)
+            rows[g] = T.call_extern("int64", "tilemla::shuffle", place[0], g * _GROUP + t.tx % WARP // 4)
             if scales_apart:
-                rows[2 + g] = T.call_extern("int64", "tilemla::shuffle", place[1], g * 8 + t.tx % WARP // 4)
+                rows[2 + g] = T.call_extern("int64", "tilemla::shuffle", place[1], g * _GROUP + t.tx % WARP // 4)
 
     @T.macro
-    def load_first(raw, scales, rows, t):
+    def load_scale(scales, piece, rows, t):
         for g in groups:
             T.call_extern(
                 "handle",
-                f"tilemla::load_scales<{by_bytes}>",
-                T.address_of(scales[g * scale_words]),
-                rows[2 + g] if scales_apart else T.Select(rows[g] != 0, rows[g] + layout.head_dim_nope, T.int64(0)),
-            )
-            T.call_extern(
-                "handle",
-                f"tilemla::load_atoms<0, {first_atoms}>",
-                T.address_of(raw[g * words]),
-                T.Select(rows[g] != 0, rows[g] + t.tx % 4 * 16, T.int64(0)),
+                f"tilemla::load_scale<{by_bytes}>",
+                T.address_of(scales[g * NUM_PIECES + piece]),
+                rows[2 + g] if scales_apart else rows[g],
+                (0 if scales_apart else layout.head_dim_nope) + piece * scale_bytes,
             )
 
     @T.macro
-    def copy_later(place, stage, warp, t):
+    def load_piece(raw, first, atoms, rows, t):
+        for g in groups:
+            T.call_extern(
+                "handle",
+                f"tilemla::load_atoms<{first}, {atoms}>",
+                T.address_of(raw[g * words]),
+                rows[g],
+                t.tx % 4 * _CHUNK_BYTES,
+            )
+
+    @T.macro
+    def copy_later(place, stage, first_row, kv, t):
         # Eight lanes copy the bytes of a token's two atoms; which of them is first alternates, as four lanes read it.
         lines = T.alloc_local((len(passes),), "int64")
         for k in passes:
-            lines[k] = T.call_extern("int64", "tilemla::shuffle", place[0], k * 4 + t.tx % WARP // _CHUNK)
+            lines[k] = T.call_extern(
+                "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
+            )
         for piece, first, free in later:
             for k in passes:
                 T.call_extern(
                     "handle",
                     "tilemla::gather_atoms<1>",
-                    T.call_extern(
-                        "handle",
-                        "tilemla::shift",
-                        T.address_of(t.kv[0, 0, 0]),
-                        (stage * _STAGE_ATOMS) * ATOM_BYTES
-                        + (warp * TOKENS_PER_WARP + k * 4 + t.tx % WARP // _CHUNK) * _ROW_BYTES
-                        + T.bitwise_xor(t.tx % _CHUNK, t.tx % (2 * _CHUNK) // _CHUNK * 4) * 16,
+                    kv
+                    + (
+                        stage * _STAGE_ATOMS * ATOM_BYTES
+                        + (first_row + k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK) * _ROW_BYTES
+                        + T.bitwise_xor(t.tx % _CHUNK, t.tx % (2 * _CHUNK) // _CHUNK * 4) * _CHUNK_BYTES
                     ),
                     lines[k],
                     free,
-                    first * SLICE - free * _ROW_BYTES + t.tx % _CHUNK * 16,
+                    first * SLICE - free * _ROW_BYTES + t.tx % _CHUNK * _CHUNK_BYTES,
                 )
+            if piece < NUM_PIECES - 1:
+                T.ptx_commit_group()
+        for k in passes:
+            T.call_extern(
+                "handle",
+                "tilemla::gather_atoms<1>",
+                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
+                lines[k],
+                num_atoms,
+                rope_offset - num_atoms * _ROW_BYTES + t.tx % _CHUNK * _CHUNK_BYTES,
+            )
+        T.ptx_commit_group()
+
+    @T.macro
+    def read_bytes(raw, stage, first_row, kept, g, kv, t):
+        T.call_extern(
+            "handle",
+            "tilemla::read_bytes",
+            T.address_of(raw[0]),
+            kv
+            + (
+                (stage * _STAGE_ATOMS + kept) * ATOM_BYTES
+                + (first_row + g * _GROUP + t.tx % WARP // 4) * _ROW_BYTES
+                + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * _CHUNK_BYTES
+            ),
+        )
+
+    @T.macro
+    def store(raw, offset, scales, stage, first_row, piece, first, atoms, g, kv, t):
+        T.call_extern(
+            "handle",
+            f"tilemla::store_atoms<{by_bytes}, {first}, {atoms}>",
+            _to(stage, first_row, g * _GROUP + t.tx % WARP // 4, t.tx % 4 * 2, kv),
+            T.address_of(raw[offset]),
+            scales[g * NUM_PIECES + piece],
+        )
+
+    @T.macro
+    def send_last(stage, word, first_row, kv, there, t):
+        # The rope part, where P will soon be, and the mask.
+        for k in passes:
+            T.call_extern(
+                "handle",
+                "tilemla::send_chunk",
+                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv)
+                + num_atoms * ATOM_BYTES,
+                there.barrier(stage, NUM_PIECES - 1),
+                there.distance,
+            )
+        if t.tx % WARP == 0:
+            T.call_extern(
+                "handle",
+                "tilemla::send_word",
+                shared_address(t.valid, stage, word),
+                there.barrier(stage, NUM_PIECES - 1),
+                there.distance,
+            )
+
+    @T.macro
+    def hand_over(stage, piece, word, first_row, kv, there, t):
+        if piece == NUM_PIECES - 1 and not later:
+            T.call_extern("handle", "tilemla::wait_copies<0>")  # of the rope part
+        if blocks == ALONE:
+            T.sync_warp()
+            arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
+        else:
+            # The warp's rows of an atom lie side by side: what is there is copied to the other thread block as it is.
+            T.fence_proxy_async()
+            T.sync_warp()
             if piece == NUM_PIECES - 1:
-                for k in passes:
+                send_last(stage, word, first_row, kv, there, t)
+            if t.tx % WARP == 0:
+                T.call_extern("handle", "tilemla::expect", there.barrier(stage, piece), bytes_of_piece[piece])
+                for atom in atoms_of_piece[piece]:
                     T.call_extern(
                         "handle",
-                        "tilemla::gather_atoms<1>",
-                        _to(stage, warp * TOKENS_PER_WARP + k * 4 + t.tx % WARP // _CHUNK, t.tx % _CHUNK, t),
-                        lines[k],
-                        num_atoms,
-                        rope_offset - num_atoms * _ROW_BYTES + t.tx % _CHUNK * 16,
+                        "tilemla::copy_to_other",
+                        kv + ((stage * _STAGE_ATOMS + atom) * ATOM_BYTES + first_row * _ROW_BYTES),
+                        tokens * _ROW_BYTES,
+                        there.barrier(stage, piece),
+                        there.distance,
                     )
-            T.ptx_commit_group()
-
-    @T.macro
-    def read_bytes(raw, stage, warp, free, t):
-        for g in groups:
-            T.call_extern(
-                "handle",
-                "tilemla::read_bytes",
-                T.address_of(raw[g * words]),
-                T.call_extern(
-                    "handle",
-                    "tilemla::shift",
-                    T.address_of(t.kv[0, 0, 0]),
-                    (stage * _STAGE_ATOMS + free) * ATOM_BYTES
-                    + (warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4) * _ROW_BYTES
-                    + T.bitwise_xor(t.tx % 4, t.tx % 8 // 4 * 4) * 16,
-                ),
-            )
-
-    @T.macro
-    def store(raw, scales, short, stage, warp, first, atoms, t):
-        for g in groups:
-            row = warp * TOKENS_PER_WARP + g * 8 + t.tx % WARP // 4
-            T.call_extern(
-                "handle",
-                f"tilemla::store_atoms<{by_bytes}, {first}, {atoms}>",
-                _to(stage, row, t.tx % 4 * 2, t),
-                T.address_of(raw[g * words]),
-                T.address_of(scales[g * scale_words]),
-                short != 0,
-            )
-
-    @T.macro
-    def hand_over(stage, piece, t):
-        T.sync_warp()
-        arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
 
     @T.macro
     def producer(t):
@@ -297,15 +370,26 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
         index = T.alloc_local((2,), "int32")
         place = T.alloc_local((2,), "int64")
         rows = T.alloc_local((4,), "int64")
-        first_raw = T.alloc_local((2 * words,), "uint32")
-        raw = T.alloc_local((2 * words,), "uint32")
-        scales = T.alloc_local((2 * scale_words,), "uint32")
-        next_scales = T.alloc_local((2 * scale_words,), "uint32")
+        ahead = [T.alloc_local((len(groups) * words,), "uint32") for _ in loaded]
+        raw = [T.alloc_local((words,), "uint32") for _ in range(2)]
+        scales = T.alloc_local((len(groups) * NUM_PIECES,), "uint32")
         turn = T.alloc_var("int32", init=0)
-        warp = t.tx % WARPGROUP // WARP
-        walk.start(place, index, cursor, t)
+        first_row = T.alloc_var("int32", init=first_row_of(blocks, t))
+        word = T.truncdiv(first_row, tokens)
+        kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
+        there = None
+        if blocks != ALONE:
+            full = T.alloc_var("int32", init=shared_address(t.full, 0))
+            distance = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::distance_to_other", kv))
+            there = SimpleNamespace(
+                distance=distance, barrier=lambda stage, piece: full + (stage * NUM_PIECES + piece) * _BARRIER_BYTES
+            )
+        walk.start(place, index, cursor, first_row, t)
         find_rows(rows, place, t)
-        load_first(first_raw, next_scales, rows, t)
+        for piece, first, atoms, kept in pieces:
+            load_scale(scales, piece, rows, t)
+            if kept is None:
+                load_piece(ahead[piece], first, atoms, rows, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             end = T.alloc_var("int32", init=bounds.end)
@@ -315,31 +399,31 @@ def make_fp8_producer(layout: Any, roles: Roles, walk: SimpleNamespace, blocks_o
                 for piece in T.unroll(NUM_PIECES):
                     T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
                 if t.tx % WARP == 0:
-                    t.valid[stage, warp] = T.bitwise_and(valid, 2**TOKENS_PER_WARP - 1)
-                copy_later(place, stage, warp, t)
-                walk.step(place, index, cursor, t)
-                if roles.prefetches:
-                    prefetch(place, layout.bytes_apart, t)
-                for i in T.unroll(2 * scale_words):
-                    scales[i] = next_scales[i]
-                short = T.alloc_var(
-                    "int32",
-                    init=T.cast(
-                        T.call_extern("bool", f"tilemla::are_short<{by_bytes}>", T.address_of(scales[0]), 2), "int32"
-                    ),
-                )
-                store(first_raw, scales, short, stage, warp, 0, first_atoms, t)
-                hand_over(stage, 0, t)
-                find_rows(rows, place, t)
-                load_first(first_raw, next_scales, rows, t)
-                for piece, first, free in later:
-                    T.ptx_wait_group(NUM_PIECES - 1 - piece)
-                    T.sync_warp()
-                    read_bytes(raw, stage, warp, free, t)
-                    # Where these bytes lay may be where others of the warp store.
-                    T.sync_warp()
-                    store(raw, scales, short, stage, warp, first, 2, t)
-                    hand_over(stage, piece, t)
+                    t.valid[stage, word] = T.bitwise_and(valid, 2**tokens - 1)
+                copy_later(place, stage, first_row, kv, t)
+                for parity, piece, first, atoms, kept, g, follow in units:
+                    # What is converted next is read before this is.
+                    if follow is not None:
+                        next_piece, next_free, next_g = follow
+                        if next_g == 0:
+                            T.call_extern("handle", f"tilemla::wait_copies<{NUM_PIECES - 1 - next_piece}>")
+                            T.sync_warp()
+                        read_bytes(raw[1 - parity], stage, first_row, next_free, next_g, kv, t)
+                        # Where these bytes lay may be where others of the warp store.
+                        T.sync_warp()
+                    if kept is None:
+                        store(ahead[piece], g * words, scales, stage, first_row, piece, first, atoms, g, kv, t)
+                    else:
+                        store(raw[parity], 0, scales, stage, first_row, piece, first, atoms, g, kv, t)
+                    if g == groups[-1]:
+                        hand_over(stage, piece, word, first_row, kv, there, t)
+                        if piece == 0:
+                            # Not earlier: what was loaded last would be waited for together with the index.
+                            walk.step(place, index, cursor, first_row, t)
+                            find_rows(rows, place, t)
+                        load_scale(scales, piece, rows, t)
+                        if kept is None:
+                            load_piece(ahead[piece], first, atoms, rows, t)
                 turn = next_turn(turn, NUM_STAGES)
 
     return producer

@@ -14,8 +14,6 @@ __device__ __forceinline__ unsigned shared_address(const void *pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void *shift(void *pointer, int bytes) { return static_cast<char *>(pointer) + bytes; }
-
 __device__ __forceinline__ long long shuffle(long long value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
@@ -24,15 +22,22 @@ __device__ __forceinline__ int ballot(bool predicate) {
   return static_cast<int>(__ballot_sync(0xffffffffu, predicate));
 }
 
-// The bytes from an address on, multiples of 16, on their way to L2.
-__device__ __forceinline__ void prefetch(long long from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// What `divide` needs of a divisor of at least 1: a factor and a shift.
+__device__ __forceinline__ void invert(unsigned *reciprocal, int divisor) {
+  const int shift = divisor > 1 ? 32 - __clz(divisor - 1) : 0;
+  reciprocal[0] = static_cast<unsigned>(((1ull << shift) - divisor) * (1ull << 32) / divisor) + 1;
+  reciprocal[1] = shift;
+}
+
+// number / divisor of a number from 0 on; of any other something.
+__device__ __forceinline__ int divide(int number, unsigned factor, unsigned shift) {
+  return static_cast<int>((__umulhi(number, factor) + number) >> shift);
 }
 
 // A row's 16-byte chunk of each of ATOMS atoms, asynchronously.
 template <int ATOMS>
-__device__ __forceinline__ void gather_atoms(void *to, long long from, int atom, int offset) {
-  const unsigned first = shared_address(to) + atom * 8192;
+__device__ __forceinline__ void gather_atoms(unsigned to, long long from, int atom, int offset) {
+  const unsigned first = to + atom * 8192;
   const int bytes = from != 0 ? 16 : 0;
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
@@ -42,134 +47,137 @@ __device__ __forceinline__ void gather_atoms(void *to, long long from, int atom,
   }
 }
 
-__device__ __forceinline__ uint4 load_16(long long from) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (from != 0) {
-    asm volatile("ld.global.nc.L1::evict_last.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-  }
-  return v;
-}
-
 // 16 of the e4m3 values of each of ATOMS atoms from the FIRST on.
-template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from) {
+template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from, int offset) {
+  const long long first = from + offset;
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
-    const uint4 v = load_16(from != 0 ? from + (FIRST + i) * 64 : 0);
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (from != 0) {
+      asm volatile("ld.global.nc.L1::evict_last.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(first + (FIRST + i) * 64));
+    }
     raw[i * 4] = v.x, raw[i * 4 + 1] = v.y, raw[i * 4 + 2] = v.z, raw[i * 4 + 3] = v.w;
   }
 }
 
 // The same of two atoms from shared memory, where their bytes are side by side, and which comes first makes bit 6.
-__device__ __forceinline__ void read_bytes(unsigned *raw, const void *from) {
-  const unsigned first = shared_address(from);
+__device__ __forceinline__ void read_bytes(unsigned *raw, unsigned from) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(raw[i * 4]), "=r"(raw[i * 4 + 1]), "=r"(raw[i * 4 + 2]), "=r"(raw[i * 4 + 3])
-                 : "r"(first ^ i * 64)
+                 : "r"(from ^ i * 64)
                  : "memory");
   }
 }
 
-// The scales of a token as they lie in memory: four float32, or with BYTES eight e8m0, the last a pad. Those of an
-// invalid token are 1.
-template <bool BYTES> __device__ __forceinline__ void load_scales(unsigned *scales, long long from) {
-  if constexpr (BYTES) {
-    uint2 v = make_uint2(0x7f7f7f7fu, 0x7f7f7f7fu);
-    if (from != 0) {
-      asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-    }
-    scales[0] = v.x, scales[1] = v.y;
-  } else {
-    const uint4 v = load_16(from);
-    const unsigned one = from != 0 ? 0u : 0x3f800000u;
-    scales[0] = v.x | one, scales[1] = v.y | one, scales[2] = v.z | one, scales[3] = v.w | one;
-  }
-}
-
-// The scale of an atom as the bits of a float32.
-template <bool BYTES> __device__ __forceinline__ unsigned scale_of(const unsigned *scales, int atom) {
-  if constexpr (BYTES) {
-    const unsigned exponent = scales[atom / 4] >> atom % 4 * 8 & 0xffu;
-    return exponent == 0xffu ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23;
-  } else {
-    return scales[atom / 2];
-  }
-}
-
-// Whether 2**120 times each scale of the warp's tokens is a bfloat16, normal and finite.
-template <bool BYTES> __device__ __forceinline__ bool are_short(const unsigned *scales, int tokens) {
-  bool all = true;
-#pragma unroll
-  for (int token = 0; token < tokens; ++token) {
-#pragma unroll
-    for (int atom = 0; atom < (BYTES ? 7 : 8); atom += (BYTES ? 1 : 2)) {
-      const unsigned scale = scale_of<BYTES>(scales + token * (BYTES ? 2 : 4), atom);
-      all = all && (scale & 0xffffu) == 0 && (scale >> 23 & 0xffu) - 1u < 134u;
+// The scale of a piece, a float32, or with BYTES two e8m0, one for each of its atoms. That of an invalid token is 0,
+// whose values are 0, too: nothing here waits for what is loaded.
+template <bool BYTES> __device__ __forceinline__ void load_scale(unsigned *scale, long long from, int offset) {
+  *scale = 0;
+  if (from != 0) {
+    if constexpr (BYTES) {
+      unsigned short v;
+      asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from + offset));
+      *scale = v;
+    } else {
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(*scale) : "l"(from + offset));
     }
   }
-  return __all_sync(0xffffffffu, all);
 }
 
-// Whether a byte of the warp's words is e4m3's NaN, 0x7f or 0xff.
-template <int WORDS> __device__ __forceinline__ bool have_nan(const unsigned *raw) {
-  unsigned carries = 0;
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    carries |= (raw[i] & 0x7f7f7f7fu) + 0x01010101u;
-  }
-  return __any_sync(0xffffffffu, (carries & 0x80808080u) != 0);
-}
-
-// bfloat16(e4m3 * scale) of bytes 0 and 1, or with HIGH 2 and 3: one rounding. SHORT is for numbers, and for scales of
-// which 2**120 times is a bfloat16: a number's fields are moved to where those of one 2**-120 times as large are.
-template <bool SHORT, bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned word, unsigned scale) {
-  unsigned out;
-  if constexpr (SHORT) {
-    const unsigned spread = __byte_perm(word, 0, HIGH ? 0x4342 : 0x4140);
-    const unsigned small = (spread & 0x00800080u) * 240u + spread * 16u;
-    const unsigned factor = __byte_perm(scale + (120u << 23), 0, 0x3232);
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(small), "r"(factor));
+// The scale of an atom of a piece as a float32.
+template <bool BYTES> __device__ __forceinline__ float scale_of(unsigned scale, int atom) {
+  if constexpr (BYTES) {
+    const unsigned exponent = scale >> atom * 8 & 0xffu;
+    return __uint_as_float(exponent == 0xffu ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23);
   } else {
-    const unsigned short pair = static_cast<unsigned short>(HIGH ? word >> 16 : word);
-    unsigned halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-    float low, high;
-    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
-        : "=f"(low), "=f"(high)
-        : "r"(halves));
-    const float factor = __uint_as_float(scale);
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high * factor), "f"(low * factor));
+    return __uint_as_float(scale);
   }
+}
+
+// Until all but the last COUNT groups of copies are there.
+template <int COUNT> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
+}
+
+// bfloat16(e4m3 * scale) of bytes 0 and 1, or with HIGH 2 and 3: one rounding, whatever the scale, and NaN stays NaN.
+template <bool HIGH> __device__ __forceinline__ unsigned dequantise(unsigned word, float scale) {
+  const unsigned short pair = static_cast<unsigned short>(HIGH ? word >> 16 : word);
+  unsigned halves, out;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  float low, high;
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high * scale), "f"(low * scale));
   return out;
 }
 
-template <bool BYTES, int FIRST, int ATOMS, bool SHORT>
-__device__ __forceinline__ void store_atoms_as(unsigned to, const unsigned *raw, const unsigned *scales) {
+// 16 values of each of ATOMS atoms from the FIRST on: two chunks of a row.
+template <bool BYTES, int FIRST, int ATOMS>
+__device__ __forceinline__ void store_atoms(unsigned to, const unsigned *raw, unsigned piece_scale) {
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
-    const unsigned scale = scale_of<BYTES>(scales, FIRST + i);
+    const float scale = scale_of<BYTES>(piece_scale, i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned first = raw[i * 4 + half * 2], second = raw[i * 4 + half * 2 + 1];
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"((to ^ half * 16) + (FIRST + i) * 8192),
-                   "r"(dequantise<SHORT, false>(first, scale)), "r"(dequantise<SHORT, true>(first, scale)),
-                   "r"(dequantise<SHORT, false>(second, scale)), "r"(dequantise<SHORT, true>(second, scale))
+                   "r"(dequantise<false>(first, scale)), "r"(dequantise<true>(first, scale)),
+                   "r"(dequantise<false>(second, scale)), "r"(dequantise<true>(second, scale))
                    : "memory");
     }
   }
 }
 
-// 16 values of each of ATOMS atoms from the FIRST on: two chunks of a row.
-template <bool BYTES, int FIRST, int ATOMS>
-__device__ __forceinline__ void store_atoms(void *to, const unsigned *raw, const unsigned *scales, bool all_short) {
-  if (all_short && !have_nan<ATOMS * 4>(raw)) {
-    store_atoms_as<BYTES, FIRST, ATOMS, true>(shared_address(to), raw, scales);
-  } else {
-    store_atoms_as<BYTES, FIRST, ATOMS, false>(shared_address(to), raw, scales);
-  }
+__device__ __forceinline__ int rank_in_cluster() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// How far from an address here that of the same place in the other thread block of a pair is.
+__device__ __forceinline__ int distance_to_other(unsigned address) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank_in_cluster() ^ 1));
+  return there - address;
+}
+
+// An arrival here, where so many bytes are still to come from the other thread block.
+__device__ __forceinline__ void expect(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Bytes, a chunk or a word, to the same place in the other thread block, at whose barrier they count once they are
+// there.
+__device__ __forceinline__ void copy_to_other(unsigned from, int bytes, unsigned barrier, int distance) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   from + distance),
+               "r"(from), "r"(bytes), "r"(barrier + distance)
+               : "memory");
+}
+
+__device__ __forceinline__ void send_chunk(unsigned from, unsigned barrier, int distance) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   from + distance),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier + distance)
+               : "memory");
+}
+
+__device__ __forceinline__ void send_word(unsigned from, unsigned barrier, int distance) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(from + distance),
+               "r"(v), "r"(barrier + distance)
+               : "memory");
 }
 
 } // namespace tilemla

@@ -6,6 +6,7 @@ warpgroup gathers the 64 tokens of a block from anywhere in the cache, and conve
 `sparse_output`). The combine kernel is launched under the tail of this one.
 """
 
+import functools
 import operator
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +17,31 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import PASS_CONFIG
-from tilemla.dsl.sm90.gather import make_dense_producer, make_fp8_producer, make_walk
+from tilemla.dsl.sm90.gather import (
+    BLOCK,
+    EXTRA_LENGTH,
+    LENGTH,
+    MAIN,
+    REQUEST,
+    make_dense_producer,
+    make_fp8_producer,
+    make_walk,
+)
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
-    EMPTY_ARRIVALS,
+    ALONE,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
     OUTPUT_REGISTERS,
+    PAIR,
     QUARTER,
-    ROLES,
     blocks_of_request,
+    empty_arrivals,
+    roles_of,
 )
 from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, STAGE_COLUMNS, WARPGROUP
 from tilemla.dsl.sm90.way_out import make_way_out
@@ -41,7 +53,7 @@ def _head_sink(head, row, t):
     return t.attn_sink[row]
 
 
-def make_sparse_decode_program(spec, config) -> Program:
+def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program:
     """Make the sparse split-KV decode and combine kernels of a spec.
 
     Parameters
@@ -50,6 +62,9 @@ def make_sparse_decode_program(spec, config) -> Program:
         Of architecture ``"sm_90a"`` and kernel ``"mla_sparse_decode"``.
     config : KernelConfig
         What the combine kernel is tuned by.
+    paired : bool
+        Whether the thread blocks of two neighbouring tiles form a cluster and convert the tokens of a block together:
+        for caches of bytes, and heads that make an even number of tiles.
 
     Returns
     -------
@@ -60,8 +75,14 @@ def make_sparse_decode_program(spec, config) -> Program:
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     layout = FP8_LAYOUTS.get(spec.kv_format)
-    roles = ROLES[spec.kv_format]
+    if paired:
+        blocks, alloc_empty = PAIR, T.alloc_cluster_barrier
+        open_grid = functools.partial(T.ClusterKernel, cluster_dims=PAIR)
+    else:
+        blocks, alloc_empty, open_grid = ALONE, T.alloc_barrier, T.Kernel
+    roles = roles_of(spec.kv_format, blocks)
     full_arrivals = roles.full_arrivals
+    num_words = NUM_WARPS * blocks
     b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
     num_pages, extra_num_pages, num_sm_parts = T.dynamic("num_pages, extra_num_pages, num_sm_parts")
     len_num_splits, max_num_splits, len_sink = T.dynamic("len_num_splits, max_num_splits, len_sink")
@@ -92,23 +113,25 @@ def make_sparse_decode_program(spec, config) -> Program:
     def write_sums(request, row, half, row_sum, running_max, t):
         softmax.write_lse(request, row, row_sum[half], running_max[half], t)
 
-    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums)
-    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request)
+    score_warpgroup = make_score_warpgroup(
+        dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums, blocks=blocks
+    )
+    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request, blocks)
     combine = make_combine(head_dim_v, accum, config, early=True, read_sink=_head_sink)
 
     @T.macro
-    def read_index(index, request, block, main, token, t):
-        if block < main:
-            position = T.alloc_var("int32", init=block * BLOCK_N + token)
-            if position < T.min(t.topk_length[request], t.topk):
-                index[0] = t.indices[request, t.head, position]
+    def read_index(index, cursor, token, t):
+        if cursor[BLOCK] < cursor[MAIN]:
+            position = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
+            if position < cursor[LENGTH]:
+                index[0] = t.indices[cursor[REQUEST], t.head, position]
         else:
-            extra_position = T.alloc_var("int32", init=(block - main) * BLOCK_N + token)
+            extra_position = T.alloc_var("int32", init=(cursor[BLOCK] - cursor[MAIN]) * BLOCK_N + token)
             index[1] = 1
-            if extra_position < T.min(t.extra_topk_length[request], t.extra_topk):
-                index[0] = t.extra_indices[request, t.head, extra_position]
+            if extra_position < cursor[EXTRA_LENGTH]:
+                index[0] = t.extra_indices[cursor[REQUEST], t.head, extra_position]
 
-    def make_find(prefix: str) -> Any:
+    def make_find(prefix: str, slot: int) -> Any:
         """Find a token of ``t.kcache`` or ``t.extra_kcache``, which a macro's argument would rename."""
         cache_of = operator.attrgetter(f"{prefix}kcache")
         pages_of = operator.attrgetter(f"{prefix}num_pages")
@@ -116,37 +139,41 @@ def make_sparse_decode_program(spec, config) -> Program:
 
         @T.macro
         def find(place, index, t):
-            page = T.alloc_var("int32", init=T.truncdiv(index[0], size_of(t)))
-            if (index[0] >= 0) & (page < pages_of(t)):
-                token = T.alloc_var("int32", init=index[0] - page * size_of(t))
-                if layout is None:
-                    place[0] = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, token, 0]))
-                else:
-                    first = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, 0]))
-                    place[0] = first + T.cast(token * layout.bytes_apart, "int64")
-                    if layout.scales_apart:
-                        first_scale = size_of(t) * layout.bytes_apart
-                        place[1] = first + T.cast(first_scale + token * layout.scale_bytes, "int64")
+            page = T.alloc_var(
+                "int32",
+                init=T.call_extern("int32", "tilemla::divide", index[0], t.reciprocals[slot], t.reciprocals[slot + 1]),
+            )
+            token = T.alloc_var("int32", init=index[0] - page * size_of(t))
+            if layout is None:
+                place[0] = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, token, 0]))
+            else:
+                first = T.call_extern("int64", "tilemla::address_of", T.address_of(cache_of(t)[page, 0]))
+                place[0] = first + T.cast(token * layout.bytes_apart, "int64")
+                if layout.scales_apart:
+                    first_scale = size_of(t) * layout.bytes_apart
+                    place[1] = first + T.cast(first_scale + token * layout.scale_bytes, "int64")
+            # Nothing was read at an address that is none.
+            if (index[0] < 0) | (page >= pages_of(t)):
+                place[0] = 0
+                if layout is not None:
+                    place[1] = 0
 
         return find
 
-    find, find_extra = make_find(""), make_find("extra_")
+    find, find_extra = make_find("", 0), make_find("extra_", 2)
 
     @T.macro
     def address(place, index, t):
-        place[0] = 0
-        if layout is not None:
-            place[1] = 0
         if index[1] == 0:
             find(place, index, t)
         else:
             find_extra(place, index, t)
 
-    walk = make_walk(blocks_of_request, read_index, address)
+    walk = make_walk(blocks_of_request, read_index, address, blocks)
     if layout is None:
         producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_request)
     else:
-        producer = make_fp8_producer(layout, roles, walk, blocks_of_request)
+        producer = make_fp8_producer(layout, walk, blocks_of_request, blocks)
 
     def q_tile(request, t):
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
@@ -176,17 +203,20 @@ def make_sparse_decode_program(spec, config) -> Program:
         has_sink: T.int32,
     ):
         # Tiles of a part lie side by side: those of a query read the same tokens.
-        with T.Kernel(T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE) as (
+        with open_grid(T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE) as (
             part_and_tile,
             query,
         ):
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
             alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
             inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
-            valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
+            valid = T.alloc_shared((NUM_STAGES, num_words), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
+            reciprocals = T.alloc_shared((4,), "uint32", scope="shared")  # of the page sizes, for divisions
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(EMPTY_ARRIVALS)  # the warps that multiply with a piece of V, or with P, are done
+            empty = alloc_empty(
+                empty_arrivals(blocks)
+            )  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 
@@ -203,6 +233,8 @@ def make_sparse_decode_program(spec, config) -> Program:
                 tile[0] = (part_and_tile - line * head_tiles) * ROWS
                 tile[1] = query
                 tile[2] = line
+                T.call_extern("handle", "tilemla::invert", T.address_of(reciprocals[0]), page_block_size)
+                T.call_extern("handle", "tilemla::invert", T.address_of(reciprocals[2]), extra_page_block_size)
             T.sync_threads()
             t = SimpleNamespace(
                 q=q,
@@ -233,6 +265,7 @@ def make_sparse_decode_program(spec, config) -> Program:
                 inverse_sum=inverse_sums,
                 valid=valid,
                 tile=tile,
+                reciprocals=reciprocals,
                 full=full,
                 empty=empty,
                 p_full=p_full,
@@ -263,6 +296,8 @@ def make_sparse_decode_program(spec, config) -> Program:
             else:
                 T.set_max_nreg(roles.producer_registers, 0)
                 producer(t)
+            if paired:
+                T.cluster_sync()  # and are until nobody stores or arrives there any more
 
         merging = SimpleNamespace(
             out_accum=out_accum,

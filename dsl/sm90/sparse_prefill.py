@@ -12,19 +12,20 @@ from tilemla.dsl.attention import LN_2, final_lse
 from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, count_blocks
 from tilemla.dsl.sm90.decode import PASS_CONFIG
-from tilemla.dsl.sm90.gather import make_dense_producer, make_walk
+from tilemla.dsl.sm90.gather import BLOCK, LENGTH, REQUEST, make_dense_producer, make_walk
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
-    EMPTY_ARRIVALS,
+    ALONE,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
     OUTPUT_REGISTERS,
     QUARTER,
-    ROLES,
+    empty_arrivals,
+    roles_of,
 )
 from tilemla.dsl.sm90.tile import (
     HALF,
@@ -57,26 +58,24 @@ def make_sparse_prefill_program(spec) -> Program:
     """
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
-    roles = ROLES["dense"]
+    roles = roles_of("dense")
     full_arrivals = roles.full_arrivals
     s_q, h_q, s_kv, topk, len_sink = T.dynamic("s_q, h_q, s_kv, topk, len_sink")
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")
 
     def blocks_of(query, t):
-        return SimpleNamespace(
-            begin=0,
-            end=count_blocks(T.min(t.topk_length[query], t.topk), BLOCK_N),
-            main=count_blocks(T.min(t.topk_length[query], t.topk), BLOCK_N),
-        )
+        length = T.min(t.topk_length[query], t.topk)
+        blocks = count_blocks(length, BLOCK_N)
+        return SimpleNamespace(begin=0, end=blocks, main=blocks, length=length, extra_length=0)
 
     def q_tile(query, t):
         return t.q[query, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
 
     @T.macro
-    def read_index(index, query, block, main, token, t):
-        position = T.alloc_var("int32", init=block * BLOCK_N + token)
-        if position < T.min(t.topk_length[query], t.topk):
-            index[0] = t.indices[query, position]
+    def read_index(index, cursor, token, t):
+        position = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
+        if position < cursor[LENGTH]:
+            index[0] = t.indices[cursor[REQUEST], position]
 
     @T.macro
     def address(place, index, t):
@@ -151,7 +150,9 @@ def make_sparse_prefill_program(spec) -> Program:
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, first query and last
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(EMPTY_ARRIVALS)  # the warps that multiply with a piece of V, or with P, are done
+            empty = T.alloc_barrier(
+                empty_arrivals(ALONE)
+            )  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
             true_max = T.alloc_local((2,), accum)

@@ -1,12 +1,13 @@
 """The score warpgroup of the sparse kernels: S = Q K^T over gathered tokens, the online softmax, and P."""
 
+import functools
 from typing import Any
 
 import tilelang.language as T
 
 from tilemla.dsl.attention import RUNNING_MAX_START, mask_score
 from tilemla.dsl.sm90.sparse_tile import (
-    ALL_TOKENS,
+    ALONE,
     NUM_PIECES,
     NUM_STAGES,
     NUM_WARPS,
@@ -14,6 +15,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     WARP,
     Roles,
     columns_of_pieces,
+    tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
     A_REGISTERS,
@@ -49,6 +51,7 @@ def make_score_warpgroup(
     blocks_of: Any,
     write_sums: Any,
     *,
+    blocks: int = ALONE,
     keeps_max: bool = False,
 ) -> Any:
     """Make the macro ``score_warpgroup(t)``; see ``score`` for the elements that a thread holds.
@@ -67,9 +70,14 @@ def make_score_warpgroup(
         Of request and t: first block, and one past the last.
     write_sums : macro
         ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
+    blocks : int
+        Thread blocks that gather the tokens of a block, each warp of which writes a word of the mask.
     keeps_max : bool
         See `make_softmax`.
     """
+    num_words = NUM_WARPS * blocks
+    fours = tuple(range(0, num_words, 4))
+    all_tokens = 2 ** tokens_of_warp(blocks) - 1
     operand, accum = _OPERANDS[dtype], "float32"
     q_steps = roles.q_steps
     # Of each piece, its number, the K steps multiplied from registers (first, count), and those from shared memory.
@@ -78,6 +86,9 @@ def make_score_warpgroup(
         first, end = first_column // K_STEP, (first_column + columns) // K_STEP
         middle = min(max(q_steps, first), end)
         pieces.append((piece, first, middle - first, middle, end - middle))
+
+    def common_bits(words):
+        return functools.reduce(T.bitwise_and, [words[w] for w in range(num_words)])
 
     @T.macro
     def multiply_registers(scores, q_registers, first, count, keys, stage):
@@ -155,15 +166,16 @@ def make_score_warpgroup(
 
     @T.macro
     def mask(scores, stage, column, t):
-        words = T.alloc_local((NUM_WARPS,), "int32")
-        for w in T.vectorized(NUM_WARPS):
-            words[w] = t.valid[stage, w]
-        if T.bitwise_and(T.bitwise_and(words[0], words[1]), T.bitwise_and(words[2], words[3])) != ALL_TOKENS:
-            for w in T.unroll(NUM_WARPS):
+        words = T.alloc_local((num_words,), "int32")
+        for four in fours:
+            for w in T.vectorized(4):
+                words[four + w] = t.valid[stage, four + w]
+        if common_bits(words) != all_tokens:
+            for w in T.unroll(num_words):
                 bits = T.alloc_var("int32", init=T.shift_right(words[w], column))
-                for e in T.unroll(SCORES // NUM_WARPS):
-                    scores[w * (SCORES // NUM_WARPS) + e] = mask_score(
-                        scores[w * (SCORES // NUM_WARPS) + e],
+                for e in T.unroll(SCORES // num_words):
+                    scores[w * (SCORES // num_words) + e] = mask_score(
+                        scores[w * (SCORES // num_words) + e],
                         T.bitwise_and(bits, T.shift_left(1, e // 4 * 8 + e % 2)) != 0,
                     )
 

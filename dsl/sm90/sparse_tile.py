@@ -21,15 +21,23 @@ QUARTER = HALF // 2  # output columns of an accumulator, of which an output warp
 
 # A block comes in pieces, the last one with the rope part: each has a barrier, so that the scores start when the first
 # one is there.
-NUM_PIECES = 4
+PIECES = (0, 128, 256, 384)  # their first columns
+NUM_PIECES = len(PIECES)
 # The quarters of the output are freed one by one: by each output warpgroup the one of its first accumulator before that
 # of the second. The last piece holds P, too, which both read.
 PIECES_AS_FREED = (0, 2, 1, 3)
 
 WARP = 32
 NUM_WARPS = WARPGROUP // WARP  # of the producer
-TOKENS_PER_WARP = BLOCK_N // NUM_WARPS
-ALL_TOKENS = 2**TOKENS_PER_WARP - 1  # a warp's word of the mask when each of its tokens is valid
+
+# Thread blocks of a cluster, which have neighbouring tiles of the same heads and so the same tokens: each converts half
+# of a block and stores it to both. Otherwise a thread block is alone.
+ALONE, PAIR = 1, 2
+
+
+def tokens_of_warp(blocks: int) -> int:
+    """Tokens of a block that a warp of the producer gathers, where that many thread blocks do; its word of the mask."""
+    return BLOCK_N // NUM_WARPS // blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,61 +54,58 @@ class Roles:
     copies_arrive : bool
         Whether the producer's asynchronous copies arrive at the barrier of a piece, each thread's. Otherwise its warps
         do, when what they stored is there for wgmma.
-    pieces : tuple of int
-        Their first columns.
-    prefetches : bool
-        Whether a block's tokens are asked into L2 while the block before is gathered.
     """
 
     score_registers: int
     producer_registers: int
     q_steps: int
     copies_arrive: bool
-    pieces: tuple[int, ...]
-    prefetches: bool = True
 
     @property
     def full_arrivals(self) -> list[int]:
-        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives."""
+        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives.
+
+        What the other thread block of a pair stores counts by its bytes.
+        """
         if self.copies_arrive:
             return ([WARPGROUP] * (NUM_PIECES - 1) + [WARPGROUP + NUM_WARPS]) * NUM_STAGES
         return [NUM_WARPS] * NUM_PIECES * NUM_STAGES
 
 
-# Warps at the barriers of what an output warpgroup frees, a piece at a time.
-EMPTY_ARRIVALS = ([NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]) * NUM_STAGES
+def empty_arrivals(blocks: int) -> list[int]:
+    """Warps at the barriers of what an output warpgroup frees, a piece at a time, of that many thread blocks."""
+    return [count * blocks for count in [NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]] * NUM_STAGES
 
-ROLES = {
-    "dense": Roles(
-        score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True, pieces=(0, 128, 256, 384)
-    ),
-    "fp8_656": Roles(
-        score_registers=104, producer_registers=88, q_steps=4, copies_arrive=False, pieces=(0, 128, 256, 384)
-    ),
-    "fp8_584": Roles(
-        score_registers=104, producer_registers=88, q_steps=4, copies_arrive=False, pieces=(0, 64, 192, 320)
-    ),
-}
+
+def roles_of(kv_format: str, blocks: int = ALONE) -> Roles:
+    """The roles for a cache's format, where that many thread blocks gather the tokens of a block together."""
+    if kv_format == "dense":
+        return Roles(score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True)
+    if blocks == ALONE:
+        return Roles(score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False)
+    return Roles(score_registers=120, producer_registers=72, q_steps=7, copies_arrive=False)
 
 
 def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, int]]:
     """The pieces of a block as they come: number, first column and columns."""
-    ends = (*roles.pieces[1:], head_dim_qk)
+    ends = (*PIECES[1:], head_dim_qk)
     order = PIECES_AS_FREED if roles.copies_arrive else range(NUM_PIECES)
-    return [(i, roles.pieces[i], ends[i] - roles.pieces[i]) for i in order]
-
-
-def count_main_blocks(request, t) -> Any:
-    """Blocks of a request's own list, int32; those of the extra list follow, and no block holds tokens of both."""
-    return count_blocks(T.min(t.topk_length[request], t.topk), BLOCK_N)
+    return [(i, PIECES[i], ends[i] - PIECES[i]) for i in order]
 
 
 def blocks_of_request(request, t) -> Any:
-    """A request's blocks within the part: the first, one past the last, and how many are of its own list, int32."""
-    main = count_main_blocks(request, t)
-    extra = count_blocks(T.min(t.extra_topk_length[request], t.extra_topk), BLOCK_N)
+    """A request's blocks within the part, int32: the first, one past the last, how many are of its own list.
+
+    Those of the extra list follow, and no block holds tokens of both. With them the lengths of the lists.
+    """
+    length = T.min(t.topk_length[request], t.topk)
+    extra_length = T.min(t.extra_topk_length[request], t.extra_topk)
+    main = count_blocks(length, BLOCK_N)
+    extra = count_blocks(extra_length, BLOCK_N)
     return SimpleNamespace(
         begin=first_block(t.part, request),
         end=T.if_then_else(request == t.part.end_request_inclusive, t.part.end_block, main + extra),
         main=main,
+        length=length,
+        extra_length=extra_length,
     )
