@@ -85,6 +85,8 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
         }
     if spec.arch == "sm_90a" and spec.kv_format == "dense_fp8":
         from tilemla.dsl.sm90.e4m3_decode import make_decode_program as make_decode_program_cuda
+    elif spec.arch == "sm_90a" and spec.kv_format != "dense":
+        from tilemla.dsl.sm90.bytes_decode import make_decode_program as make_decode_program_cuda
     elif spec.arch == "sm_90a":
         from tilemla.dsl.sm90.decode import make_decode_program as make_decode_program_cuda
     else:

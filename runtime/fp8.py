@@ -58,8 +58,12 @@ def decode_bytes(
     )
     attn_sink = check_attn_sink(attn_sink, q)
     check_results(out, softmax_lse, q, head_dim_v)
+    kernels = kernels_for(q.device, q.dtype, head_dim_qk, head_dim_v, k_cache.shape[1], _KV_FORMAT)
+    if q.device.type != "cpu":
+        k_cache = check_tma_layout("k_cache", k_cache)
+        q = check_tma_layout("q", q)
     return decode_checked(
-        kernels_for(q.device, q.dtype, head_dim_qk, head_dim_v, k_cache.shape[1], _KV_FORMAT),
+        kernels,
         q.detach(),
         k_cache.detach().view(torch.uint8),
         block_table,

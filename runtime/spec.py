@@ -43,7 +43,7 @@ BLOCK_M = {"sm_90a": 64, "cpu": 16, "sm_80": 32, "sm_89": 32, "sm_100": 32, "sm_
 _WRITTEN_FOR: dict[tuple[str, str], tuple[str, ...]] = {
     ("mla_decode", "dense"): ARCHS,
     ("mla_decode", "dense_fp8"): TESTED_ARCHS,
-    ("mla_decode", "fp8_656"): ("cpu",),
+    ("mla_decode", "fp8_656"): TESTED_ARCHS,
     ("mla_sparse_decode", "dense"): TESTED_ARCHS,
     ("mla_sparse_decode", "fp8_656"): TESTED_ARCHS,
     ("mla_sparse_decode", "fp8_584"): TESTED_ARCHS,

@@ -213,6 +213,8 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
         (piece, first, end - first, None if piece < _PIECES_LOADED[blocks] else kept)
         for piece, first, end, kept in zip(range(NUM_PIECES), firsts, ends, kept_at, strict=True)
     ]
+    # Where nothing is copied but the rope part.
+    waits_for_copies = (NUM_PIECES - 1,) if _PIECES_LOADED[blocks] == NUM_PIECES else ()
     loaded = [(piece, first, atoms) for piece, first, atoms, kept in pieces if kept is None]
     later = [(piece, first, kept) for piece, first, _, kept in pieces if kept is not None]
     groups = tuple(range(tokens // _GROUP))
@@ -341,7 +343,7 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
 
     @T.macro
     def hand_over(stage, piece, word, first_row, kv, there, t):
-        if piece == NUM_PIECES - 1 and not later:
+        if piece in waits_for_copies:
             T.call_extern("handle", "tilemla::wait_copies<0>")  # of the rope part
         if blocks == ALONE:
             T.sync_warp()

@@ -28,6 +28,7 @@ from tilemla.dsl.sm90.gather import (
     make_walk,
 )
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
+from tilemla.dsl.sm90.roles import make_roles
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
@@ -36,14 +37,13 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
-    OUTPUT_REGISTERS,
     PAIR,
     QUARTER,
     blocks_of_request,
     empty_arrivals,
     roles_of,
 )
-from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, STAGE_COLUMNS, WARPGROUP
+from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS
 from tilemla.dsl.sm90.way_out import make_way_out
 from tilemla.kv_formats import FP8_LAYOUTS
 
@@ -175,6 +175,8 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     else:
         producer = make_fp8_producer(layout, walk, blocks_of_request, blocks)
 
+    play = make_roles(roles, score_warpgroup, output_warpgroup, producer)
+
     def q_tile(request, t):
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
 
@@ -280,22 +282,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                     end_block=last_end_block,
                 ),
             )
-            if tx < WARPGROUP:
-                T.set_max_nreg(roles.score_registers, int(roles.score_registers > 128))
-                score_warpgroup(t)
-            elif tx < 2 * WARPGROUP:
-                T.set_max_nreg(OUTPUT_REGISTERS, 1)
-                left_first = T.alloc_fragment((ROWS, QUARTER), accum)
-                left_second = T.alloc_fragment((ROWS, QUARTER), accum)
-                output_warpgroup(left_first, left_second, 0, LEFT_BARRIER, t)
-            elif tx < 3 * WARPGROUP:
-                T.set_max_nreg(OUTPUT_REGISTERS, 1)
-                right_first = T.alloc_fragment((ROWS, QUARTER), accum)
-                right_second = T.alloc_fragment((ROWS, QUARTER), accum)
-                output_warpgroup(right_first, right_second, HALF, RIGHT_BARRIER, t)
-            else:
-                T.set_max_nreg(roles.producer_registers, 0)
-                producer(t)
+            play(t)
             if paired:
                 T.cluster_sync()  # and are until nobody stores or arrives there any more
 

@@ -14,6 +14,7 @@ from tilemla.dsl.schedule import BLOCK_N, count_blocks
 from tilemla.dsl.sm90.decode import PASS_CONFIG
 from tilemla.dsl.sm90.gather import BLOCK, LENGTH, REQUEST, make_dense_producer, make_walk
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
+from tilemla.dsl.sm90.roles import make_roles
 from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
@@ -22,20 +23,11 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
-    OUTPUT_REGISTERS,
     QUARTER,
     empty_arrivals,
     roles_of,
 )
-from tilemla.dsl.sm90.tile import (
-    HALF,
-    LEFT_BARRIER,
-    NOT_UNROLLED,
-    RIGHT_BARRIER,
-    ROWS,
-    STAGE_COLUMNS,
-    WARPGROUP,
-)
+from tilemla.dsl.sm90.tile import NOT_UNROLLED, ROWS, STAGE_COLUMNS, WARPGROUP
 from tilemla.dsl.sm90.way_out import make_way_out
 
 # Queries of a CTA. With fewer CTAs than that many for each of the SMs of an H100 the last ones would be waited for.
@@ -126,6 +118,8 @@ def make_sparse_prefill_program(spec) -> Program:
     output_warpgroup = make_output_warpgroup(head_dim_v, way_out, blocks_of)
     producer = make_dense_producer(head_dim_qk, roles, make_walk(blocks_of, read_index, address), blocks_of)
 
+    play = make_roles(roles, score_warpgroup, output_warpgroup, producer)
+
     head_tiles = T.ceildiv(h_q, ROWS)
     run = T.max(T.min(s_q * head_tiles // CTAS_PER_RUN, LONGEST_RUN), 1)
 
@@ -193,21 +187,6 @@ def make_sparse_prefill_program(spec) -> Program:
                 rows=h_q,
                 part=SimpleNamespace(begin_request=tile[1], end_request_inclusive=tile[2]),
             )
-            if tx < WARPGROUP:
-                T.set_max_nreg(roles.score_registers, int(roles.score_registers > 128))
-                score_warpgroup(t)
-            elif tx < 2 * WARPGROUP:
-                T.set_max_nreg(OUTPUT_REGISTERS, 1)
-                left_first = T.alloc_fragment((ROWS, QUARTER), accum)
-                left_second = T.alloc_fragment((ROWS, QUARTER), accum)
-                output_warpgroup(left_first, left_second, 0, LEFT_BARRIER, t)
-            elif tx < 3 * WARPGROUP:
-                T.set_max_nreg(OUTPUT_REGISTERS, 1)
-                right_first = T.alloc_fragment((ROWS, QUARTER), accum)
-                right_second = T.alloc_fragment((ROWS, QUARTER), accum)
-                output_warpgroup(right_first, right_second, HALF, RIGHT_BARRIER, t)
-            else:
-                T.set_max_nreg(roles.producer_registers, 0)
-                producer(t)
+            play(t)
 
     return Program(mla_sparse_prefill, PASS_CONFIG)

@@ -51,6 +51,7 @@ def make_score_warpgroup(
     blocks_of: Any,
     write_sums: Any,
     *,
+    mask: Any = None,
     blocks: int = ALONE,
     keeps_max: bool = False,
 ) -> Any:
@@ -70,6 +71,9 @@ def make_score_warpgroup(
         Of request and t: first block, and one past the last.
     write_sums : macro
         ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
+    mask : macro, optional
+        ``(scores, request, block, stage, row, column, t)``: make -inf of what a row does not see. By default the words
+        say it that the producer's warps write beside a block: bits for its tokens.
     blocks : int
         Thread blocks that gather the tokens of a block, each warp of which writes a word of the mask.
     keeps_max : bool
@@ -165,7 +169,7 @@ def make_score_warpgroup(
                     ]
 
     @T.macro
-    def mask(scores, stage, column, t):
+    def hide_tokens(scores, request, block, stage, row, column, t):
         words = T.alloc_local((num_words,), "int32")
         for four in fours:
             for w in T.vectorized(4):
@@ -178,6 +182,8 @@ def make_score_warpgroup(
                         scores[w * (SCORES // num_words) + e],
                         T.bitwise_and(bits, T.shift_left(1, e // 4 * 8 + e % 2)) != 0,
                     )
+
+    mask = mask or hide_tokens
 
     @T.macro
     def score_warpgroup(t):
@@ -227,7 +233,7 @@ def make_score_warpgroup(
                 T.sync_threads(SCORE_BARRIER, WARPGROUP)
                 if (block == end - 1) & (request < t.part.end_request_inclusive):
                     load_q(request + 1, t)
-                mask(scores, stage, column, t)
+                mask(scores, request, block, stage, row, column, t)
                 softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
                 if block == end - 1:
                     softmax.normalise(request, stage, row, row_sum, running_max, t)
