@@ -94,7 +94,7 @@ BYTES = Case(lengths=(300, 0, 64, 130), seq_len_q=2, num_heads_q=20, causal=True
 
 def test_pages_of_bytes_may_lie_apart(device):
     inputs, held = quantised(BYTES, device)
-    apart = torch.full((len(inputs.k_cache), 64 * 656 + 24), 255, dtype=torch.uint8, device=device)
+    apart = torch.full((len(inputs.k_cache), 64 * 656 + 48), 255, dtype=torch.uint8, device=device)
     moved = apart[:, : 64 * 656].view(-1, 64, 1, 656)
     moved.copy_(inputs.k_cache.view(torch.uint8))
     for dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
