@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tilemla.bench.cases import GridCase
+from tilemla.bench.cases import Case
 from tilemla.bench.record import Record, RunContext, read_log
 
 
@@ -36,21 +36,21 @@ class Baseline:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._ratios: dict[tuple[str, str, bool, GridCase, str], float] = {}
+        self._ratios: dict[tuple[str, str, bool, Case, str], float] = {}
         for record in read_log(path):
             for peer in record.peers:
                 self._ratios[_key(record.context, record.case, peer.name)] = peer.over_ours
 
-    def ratio(self, context: RunContext, case: GridCase, peer: str) -> float | None:
+    def ratio(self, context: RunContext, case: Case, peer: str) -> float | None:
         """The recorded time of a peer over ours; None where there is no record."""
         return self._ratios.get(_key(context, case, peer))
 
-    def require(self, measurements: Sequence[tuple[RunContext, GridCase]], peers: Sequence[str]) -> None:
+    def require(self, measurements: Sequence[tuple[RunContext, Case]], peers: Sequence[str]) -> None:
         """Make sure that a run has something to be compared with.
 
         Parameters
         ----------
-        measurements : sequence of (RunContext, GridCase)
+        measurements : sequence of (RunContext, Case)
             What it measures, at least one.
         peers : sequence of str
             Whom it measures beside.
@@ -72,7 +72,7 @@ class Baseline:
         )
 
 
-def _key(context: RunContext, case: GridCase, peer: str) -> tuple[str, str, bool, GridCase, str]:
+def _key(context: RunContext, case: Case, peer: str) -> tuple[str, str, bool, Case, str]:
     return context.gpu, context.timing.flush, context.timing.graph, case, peer
 
 
@@ -83,7 +83,7 @@ def _describe(gpu: str, flush: str, graph: bool, peers: str) -> str:
 class Change(NamedTuple):
     """A ratio to a peer, then and now; ``measured`` is None where the peer failed in a case that it once ran."""
 
-    case: GridCase
+    case: Case
     peer: str
     recorded: float
     measured: float | None
@@ -99,7 +99,7 @@ class Comparison(NamedTuple):
 
     changes: list[Change]
     behind: list[Change]
-    not_compared: dict[GridCase, str]
+    not_compared: dict[Case, str]
 
 
 def compare(records: Sequence[Record], baseline: Baseline, tolerance: float) -> Comparison:

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from tilemla.bench.cases import CASE_LISTS, GridCase, select_cases
+from tilemla.bench.cases import CASE_LISTS, Case, GridCase, select_cases
+from tilemla.bench.further import further_cases
 
 # A list of lists: everything that the targets of `targets` are about, in one run.
 TARGETS = "targets"
-JOB_LISTS = (*CASE_LISTS, TARGETS)
+_FURTHER = "further"
+JOB_LISTS = (*CASE_LISTS, _FURTHER, TARGETS)
 
 # The list of which `get_mla_metadata` is timed, too.
 _PLANNING = "planning"
@@ -24,7 +26,7 @@ class Job:
     ----------
     case_list : str
         The list that the case is of.
-    case : GridCase
+    case : GridCase or FurtherCase
         What is timed.
     flush : "dirty" or "clean"
         How L2 is flushed on a GPU, as of ``timing.Timer``.
@@ -35,7 +37,7 @@ class Job:
     """
 
     case_list: str
-    case: GridCase
+    case: Case
     flush: Literal["dirty", "clean"] = "dirty"
     graph: bool = False
     with_even: bool = False
@@ -59,25 +61,33 @@ def plan_jobs(
     Parameters
     ----------
     names : sequence of str
-        Keys of ``CASE_LISTS``; or ``"targets"`` alone, whose jobs have modes of their own.
+        Keys of ``CASE_LISTS``, and ``"further"``; or ``"targets"`` alone, whose jobs have modes of their own.
     dtype : str
         The dtype that every case gets.
     match : str
         Keep the cases whose text contains this.
     flush, graph
-        The mode of every job of ``CASE_LISTS``.
+        The mode of every job of these.
 
     Raises
     ------
     ValueError
-        On ``"targets"`` beside another list.
+        On ``"targets"`` beside another list, and on a case that has no kernel for the dtype.
     """
     if TARGETS not in names:
-        return [Job(name, case, flush, graph) for name, case in select_cases(names, dtype=dtype, match=match)]
+        jobs: list[Job] = []
+        for name in names:
+            if name == _FURTHER:
+                further = (dataclasses.replace(case, dtype=dtype) for case in further_cases())
+                jobs += [Job(name, case, flush, graph) for case in further if match in str(case)]
+            else:
+                selected = select_cases([name], dtype=dtype, match=match)
+                jobs += [Job(name, case, flush, graph) for _, case in selected]
+        return jobs
     if len(set(names)) > 1:
         raise ValueError(f"{TARGETS} is made of other lists and stands alone, got {', '.join(names)}")
-    jobs = (dataclasses.replace(job, case=dataclasses.replace(job.case, dtype=dtype)) for job in _target_jobs())
-    return [job for job in jobs if match in str(job.case)]
+    of_dtype = (dataclasses.replace(job, case=dataclasses.replace(job.case, dtype=dtype)) for job in _target_jobs())
+    return [job for job in of_dtype if match in str(job.case)]
 
 
 def _target_jobs() -> Iterator[Job]:

@@ -12,6 +12,8 @@ import torch
 
 from tilemla import interface
 from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, GridCase
+from tilemla.bench.further import FurtherCase
+from tilemla.bench.further_calls import FurtherInputs, prepare_further
 from tilemla.bench.inputs import GridInputs, make_inputs
 
 Decode = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -44,6 +46,9 @@ class Implementation(Protocol):
         The call returns ``out`` (batch_size, seq_len_q, num_heads_q, 512) and a log-sum-exp.
         """
 
+    def prepare_further(self, case: FurtherCase, inputs: FurtherInputs) -> Decode:
+        """The same for a further case."""
+
 
 def _version_of(module: str) -> str | None:
     version = getattr(sys.modules.get(module.partition(".")[0]), "__version__", None)
@@ -65,6 +70,10 @@ class FlashMLA:
     def prepare(self, case: GridCase, inputs: GridInputs) -> Decode:
         """Schedule with ``get_mla_metadata``; the call is ``flash_mla_with_kvcache``."""
         return self.prepare_with(self.make_schedule(case, inputs), case, inputs)
+
+    def prepare_further(self, case: FurtherCase, inputs: FurtherInputs) -> Decode:
+        """Plan as the kernel's callers do; the call is the function that they call."""
+        return prepare_further(self.name, case, inputs)
 
     def make_schedule(self, case: GridCase, inputs: GridInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """``tile_scheduler_metadata`` and ``num_splits``, as the implementation prefers them."""
@@ -142,6 +151,10 @@ class FlashInfer:
             return out.view(case.batch_size, case.seq_len_q, case.num_heads_q, HEAD_DIM_V), lse
 
         return call
+
+    def prepare_further(self, case: FurtherCase, inputs: FurtherInputs) -> Decode:
+        """Raise ValueError: only its dense decode is timed."""
+        raise ValueError(f"FlashInfer is timed with 16-bit caches behind a block table, got {case}")
 
 
 OURS: Implementation = FlashMLA("tilemla", interface)

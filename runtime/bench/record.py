@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tilemla.bench.cases import GridCase
+from tilemla.bench.cases import Case, GridCase
+from tilemla.bench.further import FurtherCase
 from tilemla.spec import KernelSpec
 
 _DECIMALS = 4
+# What a further case has of its spec.
+_OF_SPEC = ("kernel", "kv_format", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class RunContext:
     matmul_tflops: float | None
     timing: TimingMode = TimingMode()
 
-    def is_memory_bound(self, case: GridCase) -> bool | None:
+    def is_memory_bound(self, case: Case) -> bool | None:
         """Whether the bytes of a case take longer than its arithmetic; None without ceilings."""
         if self.read_bandwidth_gbs is None or self.matmul_tflops is None:
             return None
@@ -85,6 +88,8 @@ class PeerTime:
         Microseconds that its call keeps the host busy.
     planning_us : float or None
         Median time of its ``get_mla_metadata``, where that was timed.
+    error : float or None
+        Its largest difference to what is right, over the largest value, where that was found out.
     """
 
     name: str
@@ -92,6 +97,7 @@ class PeerTime:
     over_ours: float
     host_time_us: float | None = None
     planning_us: float | None = None
+    error: float | None = None
 
 
 class Reference(NamedTuple):
@@ -109,7 +115,7 @@ class Record:
     ----------
     context : RunContext
         The run that it belongs to.
-    case : GridCase
+    case : GridCase or FurtherCase
         What was timed.
     time_us : float
         Median time of our call in microseconds.
@@ -127,10 +133,12 @@ class Record:
         Our call with the same tokens spread evenly over the requests; None where it was not timed.
     planning_us : float or None
         Median time of our ``get_mla_metadata``; None where it was not timed.
+    error : float or None
+        As of a peer, ours.
     """
 
     context: RunContext
-    case: GridCase
+    case: Case
     time_us: float
     host_time_us: float | None = None
     peers: tuple[PeerTime, ...] = ()
@@ -139,6 +147,7 @@ class Record:
     read_only: Reference | None = None
     even: Reference | None = None
     planning_us: float | None = None
+    error: float | None = None
 
     @property
     def tflops(self) -> float:
@@ -177,7 +186,8 @@ class Record:
             "num_bytes": self.case.num_bytes,
             **_reference_fields("read_only", self.read_only),
             **_reference_fields("even", self.even),
-            **_planning_fields("planning_us", self.planning_us),
+            **_given("planning_us", self.planning_us),
+            **_given("error_thousandths", _thousandths(self.error)),
         }
         peers = [_peer_fields(peer) for peer in self.peers]
         fields |= peers[0] if peers else {"peer": None}
@@ -205,7 +215,7 @@ class Record:
             When the fields are not those of a measurement.
         """
         spec = KernelSpec.from_dict(fields["spec"])
-        case = case_of(fields["shape"], spec.dtype)
+        case = case_of(fields["shape"], spec)
         context = RunContext(
             spec=spec,
             gpu=fields["gpu"],
@@ -227,20 +237,39 @@ class Record:
             read_only=_reference_of("read_only", fields),
             even=_reference_of("even", fields),
             planning_us=fields.get("planning_us"),
+            error=_of_thousandths(fields.get("error_thousandths")),
         )
 
 
-def shape_fields(case: GridCase) -> dict[str, Any]:
-    """The fields of a case in a log, as plain values; its dtype is not among them, since the spec has it."""
-    shape = dataclasses.asdict(case) | {"total_tokens": case.total_tokens}
+def shape_fields(case: Case) -> dict[str, Any]:
+    """The fields of a case in a log, as plain values; what the spec has is not among them."""
+    shape = dataclasses.asdict(case)
+    if isinstance(case, FurtherCase):
+        for name in _OF_SPEC:
+            del shape[name]
+        return shape
     del shape["dtype"]
     if not case.lengths:
         del shape["lengths"]
-    return shape
+    return shape | {"total_tokens": case.total_tokens}
 
 
-def case_of(shape: Mapping[str, Any], dtype: str) -> GridCase:
-    """Make a case of what ``shape_fields`` gave.
+def case_of(shape: Mapping[str, Any], spec: KernelSpec) -> Case:
+    """Make a case of what ``shape_fields`` gave, and of the spec of the module that served it.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        When the fields are not those of a case.
+    """
+    fields = dict(shape)
+    if "topk" in fields:
+        return FurtherCase(**fields, **{name: getattr(spec, name) for name in _OF_SPEC})
+    return grid_case_of(fields, spec.dtype)
+
+
+def grid_case_of(shape: Mapping[str, Any], dtype: str) -> GridCase:
+    """The same of a case of dense decode.
 
     Raises
     ------
@@ -262,7 +291,8 @@ def _peer_fields(peer: PeerTime) -> dict[str, Any]:
         "peer_time_us": peer.time_us,
         "peer_over_ours": peer.over_ours,
         "peer_host_time_us": peer.host_time_us,
-        **_planning_fields("peer_planning_us", peer.planning_us),
+        **_given("peer_planning_us", peer.planning_us),
+        **_given("peer_error_thousandths", _thousandths(peer.error)),
     }
 
 
@@ -273,6 +303,7 @@ def _peer_of(fields: Mapping[str, Any]) -> PeerTime:
         fields["peer_over_ours"],
         fields.get("peer_host_time_us"),
         fields.get("peer_planning_us"),
+        _of_thousandths(fields.get("peer_error_thousandths")),
     )
 
 
@@ -284,8 +315,16 @@ def _reference_of(name: str, fields: Mapping[str, Any]) -> Reference | None:
     return Reference(fields[f"{name}_us"], fields[f"{name}_over_ours"]) if f"{name}_us" in fields else None
 
 
-def _planning_fields(name: str, planning_us: float | None) -> dict[str, float]:
-    return {} if planning_us is None else {name: planning_us}
+def _given(name: str, value: float | None) -> dict[str, float]:
+    return {} if value is None else {name: value}
+
+
+def _thousandths(value: float | None) -> float | None:
+    return None if value is None else value * 1e3
+
+
+def _of_thousandths(value: float | None) -> float | None:
+    return None if value is None else value * 1e-3
 
 
 def rounded(value: Any) -> Any:

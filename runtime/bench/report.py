@@ -117,6 +117,7 @@ _OPTIONAL_COLUMNS = (
     _Column("even us", lambda record: record.even and record.even.time_us, 1),
     _Column("/ ours", lambda record: record.even and record.even.over_ours, 3),
     _Column("plan us", lambda record: record.planning_us, 1),
+    _Column("error 1e-3", lambda record: record.error and record.error * 1e3, 2),
 )
 
 
@@ -136,7 +137,10 @@ def make_table(records: Sequence[Record]) -> Table:
     if len(modes) > 1:
         table.add_column("flush", no_wrap=True)
     headers = ["us", "TFLOPS", "GB/s", "floor/ours", *(column.header for column in columns)]
-    for header in headers + [header for name in names for header in (f"{name} us", "/ ours")]:
+    of_peers = {
+        name: [f"{name} us", "/ ours", *(["error 1e-3"] if _has_error(records, name) else [])] for name in names
+    }
+    for header in headers + [header for name in names for header in of_peers[name]]:
         table.add_column(header, justify="right")
     previous = _section_of(records[0])
     for record in records:
@@ -155,14 +159,20 @@ def make_table(records: Sequence[Record]) -> Table:
         for name in names:
             peer = _time_of(record, name)
             if peer is None:
-                cells += ["-", "-"]
-            else:
-                cells += [
-                    _text(peer.time_us, 1),
-                    Text(f"{peer.over_ours:.3f}", "green" if peer.over_ours >= 1 else "red"),
-                ]
+                cells += ["-"] * len(of_peers[name])
+                continue
+            cells += [
+                _text(peer.time_us, 1),
+                Text(f"{peer.over_ours:.3f}", "green" if peer.over_ours >= 1 else "red"),
+            ]
+            if _has_error(records, name):
+                cells.append(_text(peer.error and peer.error * 1e3, 2))
         table.add_row(*cells)
     return table
+
+
+def _has_error(records: Sequence[Record], name: str) -> bool:
+    return any(peer.error is not None for record in records if (peer := _time_of(record, name)) is not None)
 
 
 def _section_of(record: Record) -> tuple[str, str]:

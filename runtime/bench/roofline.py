@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tilemla.bench.further import FurtherCase
 from tilemla.bench.record import PeerTime, Record
 from tilemla.bench.report import peer_names
 
@@ -226,5 +227,7 @@ def _label_cases(figure: Figure, axes: Axes, records: Sequence[Record], roof: _R
 
 def _label_of(record: Record) -> str:
     """The name of a case without what cases of a picture share, or the axes say."""
+    if isinstance(record.case, FurtherCase):
+        return str(record.case)
     batch, length, heads, queries, *_ = str(record.case).split()
     return f"{batch} {length} {heads.removesuffix('k1')} {queries}"

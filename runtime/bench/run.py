@@ -6,13 +6,15 @@ import dataclasses
 import datetime
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 import tilemla
-from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, GridCase
+from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, Case, GridCase
+from tilemla.bench.further import FurtherCase
+from tilemla.bench.further_calls import Exact, make_further_inputs
 from tilemla.bench.inputs import GridInputs, make_inputs
 from tilemla.bench.peers import OURS, Decode, FlashMLA, Implementation, describe
 from tilemla.bench.reading import PageReader
@@ -79,7 +81,7 @@ def with_mode(context: RunContext, timer: Timer) -> RunContext:
 
 
 def measure(
-    case: GridCase,
+    case: Case,
     context: RunContext,
     peers: Sequence[Implementation],
     clock: Clock,
@@ -94,8 +96,8 @@ def measure(
 
     Parameters
     ----------
-    case : GridCase
-        What to time.
+    case : GridCase or FurtherCase
+        What to time; of the latter errors are found out, too.
     context : RunContext
         Says how many rounds, and goes into the record.
     peers : sequence of Implementation
@@ -107,32 +109,38 @@ def measure(
     case_list : str
         Goes into the record.
     reader : PageReader, optional
-        Timed where memory bounds the case.
+        Timed where memory bounds a case of dense decode.
     with_even : bool
-        Also time ours with the same tokens spread evenly.
+        Also time ours with the same tokens spread evenly, of dense decode.
     with_planning : bool
-        Also time ``get_mla_metadata``, of ours and of peers that have it.
+        Also time ``get_mla_metadata``, of ours and of peers that have it, for dense decode.
 
     Returns
     -------
     Record
         Medians over the rounds; a ratio is the median of the ratios of the rounds.
     """
-    inputs = make_inputs(case, device, poison=False)
-    ours = OURS.prepare(case, inputs)
+    grid = case if isinstance(case, GridCase) else None
+    prepare, error_of, inputs = _prepare(case, device)
+    ours = prepare(OURS)
     expected, _ = ours()
+    errors = {OURS.name: error_of(expected)}
     decodes: dict[str, Decode] = {OURS.name: ours}
     calls: dict[str, Call] = {OURS.name: clock.ready(ours)}
-    if reader is not None and context.is_memory_bound(case):
-        calls[_READ_ONLY] = clock.ready(reader.prepare(case, inputs))
-    if with_even:
-        even = case.spread_evenly()
+    if isinstance(case, FurtherCase):
+        context = dataclasses.replace(context, spec=case.spec(context.spec.arch))
+    if grid is not None and inputs is not None and reader is not None and context.is_memory_bound(case):
+        calls[_READ_ONLY] = clock.ready(reader.prepare(grid, inputs))
+    if grid is not None and with_even:
+        even = grid.spread_evenly()
         calls[_EVEN] = clock.ready(OURS.prepare(even, make_inputs(even, device, poison=False)))
     failures: dict[str, str] = {}
     for peer in peers:
         try:
-            decode = peer.prepare(case, inputs)
-            check_agreement(decode()[0], expected)
+            decode = prepare(peer)
+            out, _ = decode()
+            errors[peer.name] = error_of(out)
+            check_agreement(out, expected, case.agreement if isinstance(case, FurtherCase) else _COSINE_TOLERANCE)
             calls[peer.name] = clock.ready(decode)
             decodes[peer.name] = decode
         except Exception as error:  # a peer need not serve every case, and must not end the run
@@ -146,8 +154,10 @@ def measure(
     # A replay's time on the host says nothing of the call that was captured.
     host = {name: None if context.timing.graph else clock.host_time_us(decode) for name, decode in decodes.items()}
 
-    planners = [OURS, *(peer for peer in peers if peer.name in decodes)] if with_planning else []
-    planning_us = _time_planning(planners, case, inputs, clock)
+    planning_us: dict[str, float] = {}
+    if grid is not None and inputs is not None and with_planning:
+        planners = [OURS, *(peer for peer in peers if peer.name in decodes)]
+        planning_us = _time_planning(planners, grid, inputs, clock)
 
     our_times = times_us[OURS.name]
 
@@ -162,7 +172,13 @@ def measure(
         time_us=statistics.median(our_times),
         host_time_us=host[OURS.name],
         peers=tuple(
-            PeerTime(name, *compare(name), host_time_us=host[name], planning_us=planning_us.get(name))
+            PeerTime(
+                name,
+                *compare(name),
+                host_time_us=host[name],
+                planning_us=planning_us.get(name),
+                error=errors[name],
+            )
             for name in decodes
             if name != OURS.name
         ),
@@ -171,7 +187,20 @@ def measure(
         read_only=compare(_READ_ONLY) if _READ_ONLY in times_us else None,
         even=compare(_EVEN) if _EVEN in times_us else None,
         planning_us=planning_us.get(OURS.name),
+        error=errors[OURS.name],
     )
+
+
+def _prepare(
+    case: Case, device: torch.device
+) -> tuple[Callable[[Implementation], Decode], Callable[[torch.Tensor], float | None], GridInputs | None]:
+    """How an implementation gets ready for a case, the error of a result where one is found out, and dense inputs."""
+    if isinstance(case, FurtherCase):
+        further = make_further_inputs(case, device)
+        error_of = Exact(case, further).error_of
+        return lambda implementation: implementation.prepare_further(case, further), error_of, None
+    inputs = make_inputs(case, device, poison=False)
+    return lambda implementation: implementation.prepare(case, inputs), lambda _out: None, inputs
 
 
 def _time_planning(
@@ -186,11 +215,11 @@ def _time_planning(
     return times_us
 
 
-def check_agreement(out: torch.Tensor, expected: torch.Tensor) -> None:
+def check_agreement(out: torch.Tensor, expected: torch.Tensor, tolerance: float = _COSINE_TOLERANCE) -> None:
     """Raise ValueError unless a peer computed what we did: a fast wrong answer is no time to compare with."""
     if out.shape != expected.shape:
         raise ValueError(f"the result has shape {tuple(out.shape)}, ours {tuple(expected.shape)}")
     theirs, ours = out.float(), expected.float()
     difference = 1 - float(2 * (theirs * ours).sum() / (theirs.square().sum() + ours.square().sum()).clamp(min=1e-30))
-    if not difference < _COSINE_TOLERANCE:  # also when it is NaN
+    if not difference < tolerance:  # also when it is NaN
         raise ValueError(f"the result differs from ours by a cosine difference of {difference:.1e}")

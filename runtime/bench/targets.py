@@ -79,7 +79,7 @@ def _read_only_over_ours(record: Record) -> float | None:
 
 def _read_share_of_reader(record: Record) -> float | None:
     bandwidth_gbs = record.context.read_bandwidth_gbs
-    if record.read_only is None or bandwidth_gbs is None:
+    if record.read_only is None or bandwidth_gbs is None or not isinstance(record.case, GridCase):
         return None
     return record.case.page_bytes / record.read_only.time_us * 1e-3 / bandwidth_gbs
 
@@ -174,6 +174,7 @@ def _evaluate(target: Target, records: Sequence[Record]) -> Result:
         (value, str(record.case))
         for record in records
         if (record.case_list, record.context.timing.short) == (target.case_list, target.mode)
+        and isinstance(record.case, GridCase)
         and target.is_of(record.case)
         and (value := target.value(record)) is not None
     ]

@@ -132,6 +132,7 @@ def bench(
       tune        what `tilemla tune` tries configurations with
       long        batch 128, lengths about 32768, 128 heads
       planning    batches of 1 to 1024, of which get_mla_metadata is timed, too
+      further     fp8 caches, sparse decode and prefill, with errors against float64
       targets     what the project's targets are about, each in its own mode, and whether they are reached
       cpu         what a CPU gets through in a minute
 
@@ -140,6 +141,7 @@ def bench(
       tilemla bench
       tilemla bench --cases small --graph --peer none
       tilemla bench --cases targets --log h100.jsonl
+      tilemla bench --cases further --match sparse --peer sgl_kernel.flash_mla
       tilemla bench --cases grid --match "h128k1 s2" --rounds 9 --log h100.jsonl
       tilemla bench --from h100.jsonl --png roofline.png
       tilemla bench --cases small --check h100.jsonl

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tilemla.bench.cases import GridCase
-from tilemla.bench.record import TimingMode, case_of, rounded, shape_fields
+from tilemla.bench.record import TimingMode, grid_case_of, rounded, shape_fields
 from tilemla.config import KernelConfig
 from tilemla.costs import ScheduleCosts
 from tilemla.log import logger
@@ -167,7 +167,7 @@ class Trial:
             role=fields["role"],
             config=KernelConfig.from_dict({name: fields["config"][name] for name in kept}),
             costs=tuple(ScheduleCosts(*each) for each in fields["costs"]),
-            case=None if fields["shape"] is None else case_of(fields["shape"], spec.dtype),
+            case=None if fields["shape"] is None else grid_case_of(fields["shape"], spec.dtype),
             case_list=fields["case_list"],
             num_sm_parts=fields["num_sm_parts"],
             times_us=tuple(fields["times_us"]),
