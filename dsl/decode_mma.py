@@ -102,7 +102,8 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
-    combine = make_combine(head_dim_v, accum, config, early=False)
+    # With the registers of five CTAs ptxas spills for sm_120.
+    combine = make_combine(head_dim_v, accum, config, early=False, ctas_per_sm=4)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.macro

@@ -120,10 +120,10 @@ def test_every_sm_90a_module_is_tma_and_wgmma_without_a_spill(spec, tmp_path):
     # Scores are products of the bytes, and values are widened on the way from ldmatrix to wgmma.
     for instruction in (
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3",
-        "cvt.rn.f16x2.e4m3x2",
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
     ):
         assert (instruction in ptx) == is_e4m3
+    assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (spec.kv_format != "dense")
     if is_e4m3:  # two boxes of an item, each with a map of its own
         maps = re.findall(r"encode_tensor_map<4>\(driver, &m_(\w+),", text_of(entry, "launcher"))
         assert len(set(maps[:5])) == 5 and sum(name.startswith("kcache") for name in maps[:5]) == 2
@@ -150,19 +150,21 @@ SPARSE_SPECS = [
 
 @pytest.mark.parametrize("spec", SPARSE_SPECS, ids=lambda spec: spec.name)
 def test_every_sparse_sm_90a_module_gathers_and_multiplies_without_a_spill(spec, tmp_path):
-    program = spec.kernel
-    entry = build_programs(
-        spec.name, {program: make_programs(spec)[program]}, spec.arch, tmp_path, dtype=spec.dtype, spec=spec.to_dict()
-    )
-    ptx = text_of(entry, f"{program}.ptx")
-    check_ptx(ptx)
-    kind = {"bfloat16": "bf16", "float16": "f16"}[spec.dtype]
-    for columns in (64, 128):
-        assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}k16\.f32\.{kind}\.{kind}", ptx)
-    assert "cp.async.cg.shared.global" in ptx
-    # A block's rows are converted where there is something to convert, exactly or by moving fields.
+    programs = {name: program for name, program in make_programs(spec).items() if name.startswith(spec.kernel)}
     is_fp8 = spec.kv_format != "dense"
-    assert ("cvt.rn.f16x2.e4m3x2" in ptx, "mul.rn.bf16x2" in ptx) == (is_fp8, is_fp8)
+    assert list(programs) == [spec.kernel, *(["mla_sparse_decode_paired"] if is_fp8 else [])]
+    entry = build_programs(spec.name, programs, spec.arch, tmp_path, dtype=spec.dtype, spec=spec.to_dict())
+    kind = {"bfloat16": "bf16", "float16": "f16"}[spec.dtype]
+    for name in programs:
+        ptx = text_of(entry, f"{name}.ptx")
+        check_ptx(ptx)
+        for columns in (64, 128):
+            assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}k16\.f32\.{kind}\.{kind}", ptx)
+        assert "cp.async.cg.shared.global" in ptx
+        # A block's rows are converted where there is something to convert, and by a pair once for both.
+        assert ("cvt.rn.f16x2.e4m3x2" in ptx) == is_fp8
+        for instruction in ("cp.async.bulk.shared::cluster.shared::cta", "st.async.weak.shared::cluster"):
+            assert (instruction in ptx) == name.endswith("paired")
     for kernel in entry.manifest.kernels:
         assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
         assert kernel.smem_bytes <= SMEM_LIMIT_BYTES

@@ -25,7 +25,6 @@ _VECTOR = 4  # fp32 elements of a 16-byte load
 # Chunk i of a row's splits is of slice i modulo this. A slice is summed up by itself, then they are added in order.
 _SLICES = _WARPS
 _MOST_DEEP_ROWS = 256  # up to which a row gets four CTAs
-_CTAS_PER_SM = 5  # that registers are to suffice for
 
 
 def sink_of_group(head, row, t) -> Any:
@@ -39,6 +38,7 @@ def make_combine(
     config: KernelConfig,
     *,
     early: bool,
+    ctas_per_sm: int = 5,
     read_sink: Callable[[Any, Any, Any], Any] = sink_of_group,
 ) -> Any:
     """Make the macro that opens the combine kernel.
@@ -53,6 +53,8 @@ def make_combine(
         Its ``full_grid`` and ``splits_ahead``.
     early : bool
         Whether the kernel is launched under the tail of the decode kernel and waits for its end itself.
+    ctas_per_sm : int
+        CTAs that the registers of an SM are to suffice for.
     read_sink : callable
         Of head, row and t: the attention sink of the row.
 
@@ -195,7 +197,7 @@ def make_combine(
             is_full, T.ceildiv(sizes.rows, _WARPS), T.if_then_else(is_deep, sizes.rows * vectors, sizes.rows)
         )
         with T.Kernel(sizes.batch_size, sizes.num_heads_k, ctas, threads=_WARPS * _LANES) as (request, head, cta):
-            T.annotate_min_blocks_per_sm(_CTAS_PER_SM)
+            T.annotate_min_blocks_per_sm(ctas_per_sm)
             totals = T.alloc_shared((_SLICES, columns), accum, scope="shared")
             weight_sums = T.alloc_shared((_SLICES,), accum, scope="shared")
             # Not split, nothing to wait for: num_splits is older than the decode kernel.
