@@ -83,6 +83,7 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
             T.barrier_wait(t.p_full[slot_of(item)], slot_phase_of(item))  # the scores are made of what was there
             clear_tokens(0, T.min(first, BLOCK_N), stage_of(item), column, t)
             clear_tokens(T.max(seqlen - shift, 0), BLOCK_N, stage_of(item), column, t)
+            T.fence_proxy_async()  # TMA writes there next
             T.sync_threads(barrier_id, WARPGROUP)
 
     @T.macro
