@@ -7,8 +7,6 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from tilemla.bench.further import FurtherCase
-
 HEAD_DIM_QK, HEAD_DIM_V = 576, 512
 PAGE_BLOCK_SIZE = 64
 BYTES_PER_ELEMENT = 2
@@ -208,9 +206,6 @@ def cpu_cases() -> Iterator[GridCase]:
     for num_heads_q, seq_len_q, is_varied in itertools.product((16, 64), (1, 2), (False, True)):
         yield GridCase(2, 256, num_heads_q, seq_len_q, is_varied=is_varied)
 
-
-# What a run may time.
-Case = GridCase | FurtherCase
 
 CASE_LISTS: dict[str, Callable[[], Iterator[GridCase]]] = {
     "grid": grid_cases,

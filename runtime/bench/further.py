@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, SHORT_DTYPE, GridCase
 from tilemla.kv_formats import FP8_LAYOUTS
-from tilemla.spec import BLOCK_M, KernelSpec, page_block_sizes_of
+from tilemla.spec import BLOCK_M, KernelSpec
 
 _BYTES_OF_INDEX = 4
-_HEAD_DIM_V = 512
 _SHORT_FORMAT = {"dense_fp8": "e4m3", "dense": ""}
-_SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 # Below it, the cosine difference of two results is one of rounding; a peer that multiplies with e4m3 rounds coarsely.
 _AGREEMENT, _AGREEMENT_E4M3 = 5e-5, 5e-3
 
@@ -59,7 +58,7 @@ class FurtherCase:
             raise ValueError(f"topk must be {'more than ' * self.has_indices}0 for {self.kernel}, got {self.topk}")
 
     def __str__(self) -> str:
-        name = _SHORT_FORMAT.get(self.kv_format, self.kv_format) or _SHORT_DTYPE[self.dtype]
+        name = _SHORT_FORMAT.get(self.kv_format, self.kv_format) or SHORT_DTYPE[self.dtype]
         if self.kernel == "mla_sparse_prefill":
             return f"prefill {name} s{self.seq_len_q} h{self.num_heads_q} topk{self.topk}"
         if self.has_indices:
@@ -74,7 +73,7 @@ class FurtherCase:
     @property
     def head_dim_qk(self) -> int:
         """Elements of a query and a key."""
-        return FP8_LAYOUTS[self.kv_format].head_dim if self.kv_format in FP8_LAYOUTS else 576
+        return FP8_LAYOUTS[self.kv_format].head_dim if self.kv_format in FP8_LAYOUTS else HEAD_DIM_QK
 
     def spec(self, arch: str) -> KernelSpec:
         """Of the module that serves the call."""
@@ -83,7 +82,7 @@ class FurtherCase:
             dtype=self.dtype,
             kv_format=self.kv_format,
             head_dim_qk=self.head_dim_qk,
-            page_block_size=64 if 64 in page_block_sizes_of(self.kernel, self.kv_format) else 0,
+            page_block_size=0 if self.has_indices else PAGE_BLOCK_SIZE,
             block_m=BLOCK_M[arch],
             kernel=self.kernel,
         )
@@ -97,7 +96,7 @@ class FurtherCase:
     def flop(self) -> int:
         """Multiplications and additions of both matrix products: without a mask, and with every index."""
         keys = self.topk or self.num_tokens
-        return 2 * self.num_queries * self.num_heads_q * keys * (self.head_dim_qk + _HEAD_DIM_V)
+        return 2 * self.num_queries * self.num_heads_q * keys * (self.head_dim_qk + HEAD_DIM_V)
 
     @property
     def num_bytes(self) -> int:
@@ -108,12 +107,16 @@ class FurtherCase:
         in_bytes = self.kv_format in FP8_LAYOUTS
         token = FP8_LAYOUTS[self.kv_format].bytes_per_token if in_bytes else element * self.head_dim_qk
         rows = self.num_queries * self.num_heads_q
-        return tokens * token + named * _BYTES_OF_INDEX + rows * (self.head_dim_qk * element + _HEAD_DIM_V * 2)
+        return tokens * token + named * _BYTES_OF_INDEX + rows * (self.head_dim_qk * element + HEAD_DIM_V * 2)
 
     @property
     def agreement(self) -> float:
         """The most that the cosine difference of two right results is."""
         return _AGREEMENT_E4M3 if self.kv_format == "dense_fp8" else _AGREEMENT
+
+
+# What a run may time.
+Case = GridCase | FurtherCase
 
 
 def further_cases() -> Iterator[FurtherCase]:

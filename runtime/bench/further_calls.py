@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
+from tilemla.bench.cases import HEAD_DIM_V, PAGE_BLOCK_SIZE
 from tilemla.bench.further import FurtherCase
 from tilemla.kv_formats import FP8_LAYOUTS
 from tilemla.quantize import dequantize_k_cache, quantize_k_cache
 
-_HEAD_DIM_V = 512
-_PAGE = 64
 _SPARE_PAGES = 3
 _CHECKED_QUERIES = 4  # of the first request: enough to tell how a kernel rounds
 
@@ -56,7 +55,7 @@ def make_further_inputs(case: FurtherCase, device: torch.device) -> FurtherInput
     is_e4m3 = case.kv_format == "dense_fp8"
     batch_size, seq_len_q, head_dim = case.batch_size, case.seq_len_q, case.head_dim_qk
     q = draw(batch_size, seq_len_q, case.num_heads_q, head_dim)
-    pages = -(-case.num_tokens // _PAGE)
+    pages = -(-case.num_tokens // PAGE_BLOCK_SIZE)
     block_table, indices = None, torch.empty(0, dtype=torch.int32, device=device)
     count = case.topk or case.num_tokens
     if case.has_indices:
@@ -66,7 +65,7 @@ def make_further_inputs(case: FurtherCase, device: torch.device) -> FurtherInput
         order = torch.randperm(batch_size * pages + _SPARE_PAGES, generator=generator, device=device)
         block_table = order[: batch_size * pages].view(batch_size, pages).to(torch.int32)
         pages = batch_size * pages + _SPARE_PAGES
-    cache = draw(case.num_tokens, 1, head_dim) if is_prefill else draw(pages, _PAGE, 1, head_dim)
+    cache = draw(case.num_tokens, 1, head_dim) if is_prefill else draw(pages, PAGE_BLOCK_SIZE, 1, head_dim)
     if is_e4m3:
         q, cache = q.to(torch.float8_e4m3fn), cache.to(torch.float8_e4m3fn)
     elif case.kv_format in FP8_LAYOUTS:
@@ -109,7 +108,7 @@ def prepare_further(
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         result: tuple[torch.Tensor, torch.Tensor] = decode(
-            inputs.q, inputs.k_cache, inputs.block_table, lengths, _HEAD_DIM_V, *schedule, **keywords
+            inputs.q, inputs.k_cache, inputs.block_table, lengths, HEAD_DIM_V, *schedule, **keywords
         )
         return result
 
@@ -141,7 +140,7 @@ class Exact:
     def _attend(case: FurtherCase, inputs: FurtherInputs, query: int, q: torch.Tensor) -> torch.Tensor:
         keys = _keys_of(case, inputs, query).double()
         weights = torch.softmax(q.double() @ keys.T * case.head_dim_qk**-0.5, dim=-1)
-        return torch.mm(weights, keys[:, :_HEAD_DIM_V])
+        return torch.mm(weights, keys[:, :HEAD_DIM_V])
 
 
 def _keys_of(case: FurtherCase, inputs: FurtherInputs, query: int) -> torch.Tensor:
@@ -154,8 +153,8 @@ def _keys_of(case: FurtherCase, inputs: FurtherInputs, query: int) -> torch.Tens
     if case.kernel == "mla_sparse_prefill":
         return cache[inputs.indices[query, 0].long(), 0]
     chosen = inputs.indices[0, query].long()
-    return _stored(case, cache[chosen // _PAGE])[
-        torch.arange(len(chosen), device=chosen.device) * _PAGE + chosen % _PAGE
+    return _stored(case, cache[chosen // PAGE_BLOCK_SIZE])[
+        torch.arange(len(chosen), device=chosen.device) * PAGE_BLOCK_SIZE + chosen % PAGE_BLOCK_SIZE
     ]
 
 

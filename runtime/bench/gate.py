@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tilemla.bench.cases import Case
+from tilemla.bench.further import Case
 from tilemla.bench.record import Record, RunContext, read_log
 
 

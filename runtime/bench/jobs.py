@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from tilemla.bench.cases import CASE_LISTS, Case, GridCase, select_cases
-from tilemla.bench.further import further_cases
+from tilemla.bench.cases import CASE_LISTS, GridCase, select_cases
+from tilemla.bench.further import Case, further_cases
 
 # A list of lists: everything that the targets of `targets` are about, in one run.
 TARGETS = "targets"

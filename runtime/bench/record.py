@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tilemla.bench.cases import Case, GridCase
-from tilemla.bench.further import FurtherCase
+from tilemla.bench.cases import GridCase
+from tilemla.bench.further import Case, FurtherCase
 from tilemla.spec import KernelSpec
 
 _DECIMALS = 4

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 import tilemla
-from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, Case, GridCase
-from tilemla.bench.further import FurtherCase
+from tilemla.bench.cases import HEAD_DIM_QK, HEAD_DIM_V, PAGE_BLOCK_SIZE, GridCase
+from tilemla.bench.further import Case, FurtherCase
 from tilemla.bench.further_calls import Exact, make_further_inputs
 from tilemla.bench.inputs import GridInputs, make_inputs
 from tilemla.bench.peers import OURS, Decode, FlashMLA, Implementation, describe
