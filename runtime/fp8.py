@@ -19,7 +19,7 @@ from tilemla.sparse_validate import (
     check_queries,
     pages_of,
 )
-from tilemla.validate import check_decode_arguments, check_tma_layout, describe
+from tilemla.validate import check_decode_arguments, describe
 
 # The format of bytes that tokens are read in through a block table.
 _KV_FORMAT = "fp8_656"
@@ -58,12 +58,8 @@ def decode_bytes(
     )
     attn_sink = check_attn_sink(attn_sink, q)
     check_results(out, softmax_lse, q, head_dim_v)
-    kernels = kernels_for(q.device, q.dtype, head_dim_qk, head_dim_v, k_cache.shape[1], _KV_FORMAT)
-    if q.device.type != "cpu":
-        k_cache = check_tma_layout("k_cache", k_cache)
-        q = check_tma_layout("q", q)
     return decode_checked(
-        kernels,
+        kernels_for(q.device, q.dtype, head_dim_qk, head_dim_v, k_cache.shape[1], _KV_FORMAT),
         q.detach(),
         k_cache.detach().view(torch.uint8),
         block_table,
@@ -155,12 +151,8 @@ def flash_mla_with_kvcache_fp8(
     if q.dtype is not torch.float8_e4m3fn:
         raise TypeError(f"q must be float8_e4m3fn, got {describe(q)}")
     scales = (check_descale("descale_q", descale_q, q.device), check_descale("descale_k", descale_k, q.device))
-    kernels = kernels_for(q.device, torch.bfloat16, q.shape[3], head_dim_v, k_cache.shape[1], "dense_fp8")
-    if q.device.type != "cpu":
-        k_cache = check_tma_layout("k_cache", k_cache)
-        q = check_tma_layout("q", q)
     return decode_checked(
-        kernels,
+        kernels_for(q.device, torch.bfloat16, q.shape[3], head_dim_v, k_cache.shape[1], "dense_fp8"),
         q.detach().view(torch.uint8),
         k_cache.detach().view(torch.uint8),
         block_table,

@@ -314,12 +314,8 @@ def check_and_decode(
     check_results(out, softmax_lse, q, head_dim_v)
     if q.requires_grad or k_cache.requires_grad:  # DLPack takes no tensor that does; there is no backward pass
         q, k_cache = q.detach(), k_cache.detach()
-    kernels = kernels_for(q.device, q.dtype, q.shape[3], head_dim_v, k_cache.shape[1])
-    if q.device.type != "cpu":
-        k_cache = check_tma_layout("k_cache", k_cache)
-        q = check_tma_layout("q", q)
     return decode_checked(
-        kernels,
+        kernels_for(q.device, q.dtype, q.shape[3], head_dim_v, k_cache.shape[1]),
         q,
         k_cache,
         block_table,
@@ -359,6 +355,8 @@ def decode_checked(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the schedule of a call whose other arguments were checked, decode, and remember the plan as ``kind``.
 
+    What a GPU's kernels ask of the layout of q and the cache is checked here, for every format.
+
     ``out_dtype`` is q's by default; ``scales`` are what a module's program takes beside q and the cache.
     """
     batch_size, seq_len_q, _, _ = q.shape
@@ -368,6 +366,9 @@ def decode_checked(
     window = dict(seq_len_q=seq_len_q, window_left=traits.window_left)
     if on_cpu:
         check_cpu_pages(block_table, cache_seqlens, num_blocks, page_block_size, **window)
+    else:
+        k_cache = check_tma_layout("k_cache", k_cache)
+        q = check_tma_layout("q", q)
     q = _with_heads_side_by_side(q)
     config = ScheduleConfig.of(q, k_cache, causal, traits.window_left)
     by_length = options.batch_invariant
