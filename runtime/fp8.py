@@ -12,6 +12,7 @@ from tilemla.interface import decode_checked, decode_planned
 from tilemla.kv_formats import FP8_LAYOUTS
 from tilemla.launch import kernels_for
 from tilemla.options import DEFAULT_OPTIONS, Options, check_attn_sink, check_results
+from tilemla.plan import exact_values
 from tilemla.schedule import FlashMLASchedMeta, get_mla_metadata
 from tilemla.sparse_validate import (
     check_byte_cache,
@@ -48,13 +49,9 @@ def decode_bytes(
     """
     kind: tuple[Any, ...] | None
     try:
-        kind = (
-            *_kind_of(q, k_cache, head_dim_v, softmax_scale, causal),
-            # What a module that reads rows wherever they are cannot tell.
-            k_cache.shape[2:],
-            k_cache.stride(),
-            options,
-        )
+        # A module that reads rows wherever they are cannot tell all that is asked of a cache.
+        looks = (q.shape, q.dtype, q.device, k_cache.dtype, k_cache.shape[2:], k_cache.stride())
+        kind = (looks, exact_values(head_dim_v, softmax_scale, causal), options)
         result = decode_planned(
             kind,
             q,
@@ -101,22 +98,6 @@ def decode_bytes(
         softmax_lse,
         options,
         kind,
-    )
-
-
-def _kind_of(q: Any, k_cache: Any, head_dim_v: Any, softmax_scale: Any, causal: Any) -> tuple[Any, ...]:
-    """What plans of calls over caches of either format are found by, as far as they share it."""
-    return (
-        q.shape,
-        q.dtype,
-        q.device,
-        k_cache.dtype,
-        head_dim_v,
-        head_dim_v.__class__,
-        softmax_scale,
-        softmax_scale.__class__,
-        causal,
-        causal.__class__,
     )
 
 
@@ -193,7 +174,8 @@ def flash_mla_with_kvcache_fp8(
     kind: tuple[Any, ...] | None
     try:
         scales = tuple(constant(q.device, 1, 1.0, torch.float32) if scale is None else scale for scale in scales)
-        kind = (*_kind_of(q, k_cache, head_dim_v, softmax_scale, causal), DEFAULT_OPTIONS)
+        looks = (q.shape, q.dtype, q.device, k_cache.dtype)
+        kind = (looks, exact_values(head_dim_v, softmax_scale, causal), DEFAULT_OPTIONS)
         result = decode_planned(
             kind,
             q.view(torch.uint8),

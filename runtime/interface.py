@@ -20,7 +20,7 @@ from tilemla.options import (
     check_results,
     has_heads_side_by_side,
 )
-from tilemla.plan import DecodePlan, remember
+from tilemla.plan import DecodePlan, exact_values, remember
 from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, get_mla_metadata, make_batch_invariant_schedule
 from tilemla.sparse import decode_chosen
 from tilemla.sparse_validate import check_no_indices
@@ -221,18 +221,7 @@ def flash_mla_with_kvcache(
     # refuses is checked again below, where the argument is named in the words of this interface.
     kind: tuple[Any, ...] | None
     try:
-        kind = (
-            q.shape,
-            q.dtype,
-            q.device,
-            head_dim_v,
-            head_dim_v.__class__,
-            softmax_scale,
-            softmax_scale.__class__,
-            causal,
-            causal.__class__,
-            options,
-        )
+        kind = (q.shape, q.dtype, q.device, exact_values(head_dim_v, softmax_scale, causal), options)
         result = decode_planned(
             kind,
             q,

@@ -34,6 +34,11 @@ def log2_scale(softmax_scale: float | None, head_dim_qk: int) -> float:
     return max(scale * _LOG2E, _FLOAT32_TINY)
 
 
+def exact_values(head_dim_v: Any, softmax_scale: Any, causal: Any) -> tuple[Any, ...]:
+    """Arguments of a call as plans are found by them: each with its class, since True is 1 and 1 is 1.0."""
+    return (head_dim_v, head_dim_v.__class__, softmax_scale, softmax_scale.__class__, causal, causal.__class__)
+
+
 def remember(plans: dict[_Kind, _Plan], kind: _Kind, plan: _Plan) -> None:
     """Keep a plan for calls of a kind. When there are too many kinds all are forgotten, and those in use come back."""
     if len(plans) >= MAX_PLANS:

@@ -10,7 +10,7 @@ from tilemla.constants import constant
 from tilemla.given import find_schedule, recall_schedule
 from tilemla.launch import module_of_kind, num_sms_of
 from tilemla.options import Options, check_attn_sink, check_results, has_heads_side_by_side
-from tilemla.plan import log2_scale, remember
+from tilemla.plan import exact_values, log2_scale, remember
 from tilemla.schedule import SparseScheduleConfig, make_batch_invariant_schedule
 from tilemla.sparse_plan import ListPlan, SparsePlan
 from tilemla.sparse_validate import (
@@ -85,12 +85,7 @@ def decode_chosen(
             _look_of(k_cache, indices, topk_length),
             _look_of(extra_k_cache, extra_indices, extra_topk_length),
             None if attn_sink is None else attn_sink.shape,
-            head_dim_v,
-            head_dim_v.__class__,
-            softmax_scale,
-            softmax_scale.__class__,
-            causal,
-            causal.__class__,
+            exact_values(head_dim_v, softmax_scale, causal),
             is_fp8_kvcache,
             options,
         )
