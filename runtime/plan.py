@@ -10,6 +10,7 @@ import torch
 from tilemla.allocate import allocator_for, contiguous_strides
 from tilemla.launch import Kernels
 from tilemla.options import Traits
+from tilemla.spec import NARROW_ROWS
 from tilemla.streams import current_device
 from tilemla.workspace import Scratch
 
@@ -118,11 +119,15 @@ class DecodePlan:
         self._sink_shape = (num_heads_k, group)
         common = (*scales, log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
         self._rest: tuple[Any, ...]
-        if traits.is_plain and rows <= _MOST_PLAIN_ROWS:
+        narrow, narrow_unfolded = kernels.mla_decode_narrow, kernels.mla_decode_narrow_unfolded
+        is_narrow = narrow is not None and narrow_unfolded is not None and rows <= NARROW_ROWS
+        if not is_narrow and traits.is_plain and rows <= _MOST_PLAIN_ROWS:
             self._folded, unfolded = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded
             self._rest = (*common, traits.window_right)
         else:
             self._folded, unfolded = kernels.mla_decode, kernels.mla_decode_unfolded
+            if is_narrow:
+                self._folded, unfolded = narrow, narrow_unfolded
             self._rest = (*common, traits.window_left, traits.window_right, int(traits.has_sink))
             if not traits.has_sink:
                 import tvm_ffi

@@ -10,8 +10,9 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N
+from tilemla.spec import NARROW_ROWS
 
-ROWS = 16  # rows of a query tile: the N of wgmma
+ROWS = NARROW_ROWS  # of a query tile: the N of wgmma
 CHUNK = 16  # bytes that ldmatrix and bulk copies move as one
 PIECE_COLUMNS = 128  # latent columns of one scale
 NUM_PIECES = 4
