@@ -303,9 +303,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
     @T.macro
     def widen_values(operand, place, raw):
         for i in T.unroll(2 * A_REGISTERS):
-            T.call_extern(
-                "handle", "tilemla::widen_values", T.address_of(operand[place * _BATCH + i * 2]), raw[i]
-            )
+            T.call_extern("handle", "tilemla::widen_values", T.address_of(operand[place * _BATCH + i * 2]), raw[i])
 
     @T.macro
     def multiply_values(acc, operand, place, piece, first_step, slot, at):
