@@ -120,14 +120,16 @@ class DecodePlan:
         common = (*scales, log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
         self._rest: tuple[Any, ...]
         narrow, narrow_unfolded = kernels.mla_decode_narrow, kernels.mla_decode_narrow_unfolded
-        is_narrow = narrow is not None and narrow_unfolded is not None and rows <= NARROW_ROWS
-        if not is_narrow and traits.is_plain and rows <= _MOST_PLAIN_ROWS:
-            self._folded, unfolded = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded
+        if narrow is not None and narrow_unfolded is not None and rows <= NARROW_ROWS:
+            general, plain = (narrow, narrow_unfolded), None
+        else:
+            general = kernels.mla_decode, kernels.mla_decode_unfolded
+            plain = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded
+        if plain is not None and traits.is_plain and rows <= _MOST_PLAIN_ROWS:
+            self._folded, unfolded = plain
             self._rest = (*common, traits.window_right)
         else:
-            self._folded, unfolded = kernels.mla_decode, kernels.mla_decode_unfolded
-            if is_narrow:
-                self._folded, unfolded = narrow, narrow_unfolded
+            self._folded, unfolded = general
             self._rest = (*common, traits.window_left, traits.window_right, int(traits.has_sink))
             if not traits.has_sink:
                 import tvm_ffi

@@ -1,4 +1,4 @@
-"""What the sm_90a program for few rows over 656 bytes a token has: a ring of pages, two warpgroups, P for each scale."""
+"""What the sm_90a program for few rows over 656 bytes a token has: pages in turn, P for each scale."""
 
 import dataclasses
 import math

@@ -59,7 +59,7 @@ __device__ __forceinline__ unsigned exact_bfloat16(unsigned short from) {
   return to;
 }
 
-// Four neighbouring e4m3 of a token as bfloat16, which holds them all: the lower two, then, a K step's half further, the
+// Four neighbouring e4m3 of a token as bfloat16, which holds them all: the lower two, then, half a K step further, the
 // upper two. NaN stays NaN.
 __device__ __forceinline__ void widen_keys(unsigned *to, unsigned from) {
   to[0] = exact_bfloat16(static_cast<unsigned short>(from));
