@@ -60,17 +60,21 @@ from tilemla.dsl.sm90.narrow_tile import (
 from tilemla.dsl.sm90.tile import WARPGROUP, begin_and_end
 
 _STEPS_PER_ATOM = 4
-_STEPS_PER_BATCH = 4  # products that leave together: of four operands
-_BATCH = _STEPS_PER_BATCH * A_REGISTERS  # registers of their operands; those of two batches are in use at once
+_PRODUCTS = 4  # of a batch, that leave together; of four accumulators, so that none waits for another
+_BATCH = _PRODUCTS * A_REGISTERS  # registers of their operands; those of two batches are in use at once
 _ROPE_COLUMNS = 64
 _P_BYTES = NUM_PIECES * ATOM_BYTES
 _HALF_TILES = NUM_TILES // 2
 _MERGED = _HALF_TILES * SCORES  # outputs that a thread merges
 
-# Batches of S^T: the accumulator, and the first 16 latent columns that are read; the rope columns are batch 0.
-_SCORE_BATCHES = [(piece, piece * 8 + half * 4) for piece in range(NUM_PIECES) for half in range(2)]
-# Batches of O^T: a piece, so two tiles of 64 columns, and two K steps of 16 tokens.
-_OUTPUT_BATCHES = [(piece, k) for piece in range(NUM_PIECES) for k in (0, 2)]
+_STEPS_PER_PIECE = PIECE_COLUMNS // K_STEP
+# Batches of O^T: a K step of 16 tokens, and the first of two pieces, so of four tiles of 64 columns.
+_OUTPUT_BATCHES = [(k, piece) for k in range(BLOCK_N // K_STEP) for piece in (0, 2)]
+
+
+def _offset_of_step(step) -> Any:
+    """Of a K step of Q, in the 16-byte units of a wgmma descriptor."""
+    return step // _STEPS_PER_ATOM * (ATOM_BYTES >> 4) + step % _STEPS_PER_ATOM * (K_STEP * 2 >> 4)
 
 
 def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
@@ -84,6 +88,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         Its latent columns.
     """
     accum = "float32"
+    latent_steps = head_dim_v // K_STEP
     q_units = head_dim_qk // K_STEP  # of 16 columns in a row of Q
     q_rounds = -(-ROWS * q_units // CONSUMERS)
 
@@ -143,12 +148,19 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             T.sync_threads(at.barrier, WARPGROUP)
 
     @T.macro
-    def read_rows(to, first, source):
-        T.call_extern("handle", "tilemla::read_rows", T.address_of(to[first]), source)
+    def read_keys(raw, step, page, at):
+        # 16 columns of each piece, of two pieces at once.
+        for i in T.unroll(NUM_PIECES // 2):
+            T.call_extern(
+                "handle",
+                "tilemla::read_rows",
+                T.address_of(raw[i * A_REGISTERS]),
+                page + at.keys + (i * 2 * PIECE_COLUMNS + step * K_STEP),
+            )
 
     @T.macro
     def widen_keys(operand, place, raw):
-        for k in T.unroll(_STEPS_PER_BATCH):
+        for k in T.unroll(_PRODUCTS):
             for half in T.unroll(2):
                 T.call_extern(
                     "handle",
@@ -158,11 +170,12 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 )
 
     @T.macro
-    def multiply_keys(scores, operand, place, accumulator, first_step, adds, at):
+    def multiply(acc, first, count, operand, place, matrix, offset_of, step_of, clears):
+        # A batch of products: each takes the accumulator and the step that `step_of` says.
         T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
-        T.warpgroup_fence_operand(scores, accumulator * SCORES, SCORES)
+        T.warpgroup_fence_operand(acc, first * SCORES, count * SCORES)
         T.warpgroup_arrive()
-        for k in T.unroll(_STEPS_PER_BATCH):
+        for i in T.unroll(_PRODUCTS):
             T.ptx_wgmma_rs(
                 accum,
                 "m64n16k16",
@@ -171,36 +184,59 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 "bf16",
                 "fp32",
                 operand.data,
-                place * _BATCH + k * A_REGISTERS,
-                at.queries.data,
-                first_step // _STEPS_PER_ATOM * (ATOM_BYTES >> 4) + k * (K_STEP * 2 >> 4),
-                scores.data,
-                accumulator * SCORES,
-                T.Select(adds + k != 0, 1, 0),
+                place * _BATCH + i * A_REGISTERS,
+                matrix.data,
+                offset_of(i),
+                acc.data,
+                (first + step_of(i)) * SCORES,
+                clears(i),
                 1,
                 1,
             )
         T.warpgroup_commit_batch()
-        T.warpgroup_fence_operand(scores, accumulator * SCORES, SCORES)
+        T.warpgroup_fence_operand(acc, first * SCORES, count * SCORES)
         T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
 
     @T.macro
     def score(scores, operand, raw, page, at):
         # To accumulator 0 the rope columns, to the others each piece of the latent ones, without its scale.
-        rows = page + at.rows
-        for k in T.unroll(_STEPS_PER_BATCH):
-            read_rows(operand, k * A_REGISTERS, rows + (ROPE_AT + k * K_STEP * 2))
-        for i in T.unroll(2):
-            read_rows(raw, i * A_REGISTERS, rows + i * 2 * CHUNK)
-        multiply_keys(scores, operand, 0, 0, head_dim_v // K_STEP, 0, at)
-        for n, (piece, step) in enumerate(_SCORE_BATCHES):
-            if n > 0:
+        for k in T.unroll(_PRODUCTS):
+            T.call_extern(
+                "handle",
+                "tilemla::read_rows",
+                T.address_of(operand[k * A_REGISTERS]),
+                page + at.rope + k * K_STEP * 2,
+            )
+        read_keys(raw, 0, page, at)
+        multiply(
+            scores,
+            0,
+            1,
+            operand,
+            0,
+            at.queries,
+            lambda i: _offset_of_step(latent_steps + i),
+            lambda i: 0,
+            lambda i: T.Select(i != 0, 1, 0),
+        )
+        for step in range(_STEPS_PER_PIECE):
+            place = (step + 1) % 2
+            if step > 0:
                 T.wait_wgmma(1)  # the operands of the batch before the last are free
-            widen_keys(operand, (n + 1) % 2, raw)
-            if n + 1 < len(_SCORE_BATCHES):
-                for i in T.unroll(2):
-                    read_rows(raw, i * A_REGISTERS, rows + (_SCORE_BATCHES[n + 1][1] + i * 2) * CHUNK)
-            multiply_keys(scores, operand, (n + 1) % 2, 1 + piece, step, step % 8, at)
+            widen_keys(operand, place, raw)
+            if step + 1 < _STEPS_PER_PIECE:
+                read_keys(raw, step + 1, page, at)
+            multiply(
+                scores,
+                1,
+                NUM_PIECES,
+                operand,
+                place,
+                at.queries,
+                lambda i, step=step: _offset_of_step(i * _STEPS_PER_PIECE + step),
+                lambda i: i,
+                lambda i, step=step: 1 if step > 0 else 0,
+            )
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(scores, 0, (1 + NUM_PIECES) * SCORES)
 
@@ -291,13 +327,13 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             row_sum[c] = row_sum[c] + (weights[c // 2 * 4 + c % 2] + weights[c // 2 * 4 + 2 + c % 2])
 
     @T.macro
-    def read_values(raw, piece, k, page, at):
+    def read_values(raw, k, piece, page, at):
         for i in T.unroll(2):
             T.call_extern(
                 "handle",
                 "tilemla::read_columns",
                 T.address_of(raw[i * A_REGISTERS]),
-                page + at.values + (piece * PIECE_COLUMNS + (k + i) * (K_STEP * PITCH)),
+                page + at.values + ((piece + i) * PIECE_COLUMNS + k * (K_STEP * PITCH)),
             )
 
     @T.macro
@@ -306,45 +342,31 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             T.call_extern("handle", "tilemla::widen_values", T.address_of(operand[place * _BATCH + i * 2]), raw[i])
 
     @T.macro
-    def multiply_values(acc, operand, place, piece, first_step, slot, at):
-        T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
-        T.warpgroup_fence_operand(acc, piece * 2 * SCORES, 2 * SCORES)
-        T.warpgroup_arrive()
-        for k in T.unroll(2):
-            for tile in T.unroll(2):
-                T.ptx_wgmma_rs(
-                    accum,
-                    "m64n16k16",
-                    True,
-                    "bf16",
-                    "bf16",
-                    "fp32",
-                    operand.data,
-                    place * _BATCH + (k * 2 + tile) * A_REGISTERS,
-                    at.probabilities.data,
-                    slot * (_P_BYTES >> 4) + piece * (ATOM_BYTES >> 4) + (first_step + k) * (K_STEP * 2 >> 4),
-                    acc.data,
-                    (piece * 2 + tile) * SCORES,
-                    1,
-                    1,
-                    1,
-                )
-        T.warpgroup_commit_batch()
-        T.warpgroup_fence_operand(acc, piece * 2 * SCORES, 2 * SCORES)
-        T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
-
-    @T.macro
     def add_values(acc, operand, raw, page, stage, slot, at, t):
-        for n, (piece, k) in enumerate(_OUTPUT_BATCHES):
-            if n > 1:
-                T.wait_wgmma(1)
-            widen_values(operand, n % 2, raw)
-            if n + 1 < len(_OUTPUT_BATCHES):
-                read_values(raw, *_OUTPUT_BATCHES[n + 1], page, at)
-            else:
-                T.sync_warp()
-                arrive_elected(t.empty, stage)
-            multiply_values(acc, operand, n % 2, piece, k, slot, at)
+        # The first batch has been widened, the second one read.
+        for n, (k, piece) in enumerate(_OUTPUT_BATCHES):
+            if n > 0:
+                if n > 1:
+                    T.wait_wgmma(1)
+                widen_values(operand, n % 2, raw)
+                if n + 1 < len(_OUTPUT_BATCHES):
+                    read_values(raw, *_OUTPUT_BATCHES[n + 1], page, at)
+                else:
+                    T.sync_warp()
+                    arrive_elected(t.empty, stage)
+            multiply(
+                acc,
+                piece * 2,
+                _PRODUCTS,
+                operand,
+                n % 2,
+                at.probabilities,
+                lambda i, k=k, piece=piece: (
+                    slot * (_P_BYTES >> 4) + (piece + i // 2) * (ATOM_BYTES >> 4) + k * (K_STEP * 2 >> 4)
+                ),
+                lambda i: i,
+                lambda i: 1,
+            )
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(acc, 0, NUM_TILES * SCORES)
 
@@ -493,8 +515,9 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             q=address(t.q_tile[0]),
             queries=queries,
             probabilities=probabilities,
-            # Of a page: the row and chunk of ldmatrix that a lane names, of 16 tokens and of 32 columns.
-            rows=(warp * 16 + lane % 16) * PITCH + lane // 16 * CHUNK,
+            # Of a page: the row of ldmatrix that a lane names, of 16 tokens, and two pieces, 16 columns or 32 columns.
+            keys=(warp * 16 + lane % 16) * PITCH + lane // 16 * PIECE_COLUMNS,
+            rope=(warp * 16 + lane % 16) * PITCH + lane // 16 * CHUNK + ROPE_AT,
             values=lane % 16 * PITCH + warp * 32 + lane // 16 * CHUNK,
         )
         T.initialize_wgmma_descriptor(queries, T.address_of(t.q_tile[0]), 1, 1, 64)  # 128-byte swizzle
@@ -517,7 +540,6 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 page = T.alloc_var("int32", init=pages + stage * PAGE_BYTES)
                 T.barrier_wait(t.full[stage], phase_of(item))
                 clear_unseen(request, block, page, at, t)
-                score(scores, operand, raw, page, at)
                 for half in T.unroll(2):
                     T.call_extern(
                         "handle",
@@ -525,9 +547,12 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                         T.address_of(scales[half * NUM_PIECES]),
                         page + (at.token + half * 8) * PITCH + SCALES_AT,
                     )
+                score(scores, operand, raw, page, at)
+                read_values(raw, *_OUTPUT_BATCHES[0], page, at)
                 add_pieces(scaled, scores, scales, t)
                 hide_scores(scaled, request, block, at, t)
-                read_values(raw, *_OUTPUT_BATCHES[0], page, at)
+                widen_values(operand, 0, raw)
+                read_values(raw, *_OUTPUT_BATCHES[1], page, at)
                 soften(acc, weights, scaled, running_max, row_sum, scales, p + slot * _P_BYTES, at, t)
                 add_values(acc, operand, raw, page, stage, slot, at, t)
                 slot = 1 - slot
