@@ -99,6 +99,7 @@ def make_decode_program(spec, config) -> Program:
             pages = T.alloc_shared((NUM_STAGES * PAGE_BYTES,), "uint8")
             q_tile = T.alloc_shared((ROWS * head_dim_qk,), dtype)
             own = T.alloc_shared((NUM_WARPGROUPS, OWN_FLOATS), accum)
+            q_factors = T.alloc_shared((ROWS,), accum, scope="shared")  # of the latent columns as they are stored
             maxima = T.alloc_shared((NUM_WARPGROUPS, 4, ROWS), accum, scope="shared")  # of a block, of each warp
             sums = T.alloc_shared((NUM_WARPGROUPS, 4, ROWS), accum, scope="shared")
             last_maxima = T.alloc_shared((NUM_WARPGROUPS, ROWS), accum, scope="shared")
@@ -144,6 +145,7 @@ def make_decode_program(spec, config) -> Program:
                 token_stride=k_stride_token,
                 pages=pages,
                 q_tile=q_tile,
+                q_factors=q_factors,
                 own=own,
                 maxima=maxima,
                 sums=sums,

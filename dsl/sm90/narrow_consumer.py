@@ -1,9 +1,10 @@
 """A consumer warpgroup of the decode kernel for few rows: whole pages, with products transposed.
 
 Tokens are the rows of S^T = K Q^T, output columns those of O^T += V^T P^T, and the rows of the tile are the columns of
-both. What ldmatrix gives a thread of a page becomes bfloat16 in registers, which holds every e4m3, and is wgmma's first
-operand there. The scales are applied where numbers are few: to the scores of each piece of 128 columns, which have an
-accumulator of their own, and to P, of which there is one for each piece.
+both. What ldmatrix gives a thread of a page is widened in registers, exactly, and is wgmma's first operand there. The
+scales are applied where numbers are few: to the scores of each piece of 128 columns, which have an accumulator of their
+own, and to P, of which there is one for each piece. Keys become float16, which takes an instruction for two; the latent
+part of Q does, too, by a power of two for each row. P and its scales may be of any size: there values are bfloat16.
 
 A thread has elements of the same four rows of the tile in both products: ``lane % 4 * 2``, its neighbour, and those 8
 further. Of S^T they are of two tokens 8 apart, of O^T of two neighbouring columns.
@@ -51,7 +52,6 @@ from tilemla.dsl.sm90.narrow_tile import (
     PIECE_COLUMNS,
     PITCH,
     ROPE_AT,
-    ROWS,
     SCALES_AT,
     SCORES,
     phase_of,
@@ -60,9 +60,9 @@ from tilemla.dsl.sm90.narrow_tile import (
 from tilemla.dsl.sm90.tile import WARPGROUP, begin_and_end
 
 _STEPS_PER_ATOM = 4
+_ROW_BYTES = 128  # of an atom
 _PRODUCTS = 4  # of a batch, that leave together; of four accumulators, so that none waits for another
 _BATCH = _PRODUCTS * A_REGISTERS  # registers of their operands; those of two batches are in use at once
-_ROPE_COLUMNS = 64
 _P_BYTES = NUM_PIECES * ATOM_BYTES
 _HALF_TILES = NUM_TILES // 2
 _MERGED = _HALF_TILES * SCORES  # outputs that a thread merges
@@ -88,42 +88,44 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         Its latent columns.
     """
     accum = "float32"
-    latent_steps = head_dim_v // K_STEP
-    q_units = head_dim_qk // K_STEP  # of 16 columns in a row of Q
-    q_rounds = -(-ROWS * q_units // CONSUMERS)
+    latent_steps, rope_steps = head_dim_v // K_STEP, (head_dim_qk - head_dim_v) // K_STEP
 
     def address(buffer):
         return T.call_extern("int32", "tilemla::shared_address", T.address_of(buffer))
 
+    def place_of(row, unit, at):
+        # The first of two chunks of 16 columns of Q.
+        within = T.bitwise_xor(T.truncmod(unit, _STEPS_PER_ATOM) * 2, row % 8) * CHUNK
+        return at.q + T.truncdiv(unit, _STEPS_PER_ATOM) * ATOM_BYTES + row * _ROW_BYTES + within
+
     @T.macro
     def take_q(request, at, t):
-        for i in T.unroll(q_rounds):
-            unit = T.alloc_var("int32", init=t.tx + i * CONSUMERS)
-            if unit < ROWS * q_units:
-                row = T.alloc_var("int32", init=T.truncdiv(unit, q_units))
-                k = T.alloc_var("int32", init=unit - row * q_units)
-                to = (
-                    at.q
-                    + T.truncdiv(k, _STEPS_PER_ATOM) * ATOM_BYTES
-                    + row * 128
-                    + T.bitwise_xor(T.truncmod(k, _STEPS_PER_ATOM) * 2, row % 8) * CHUNK
-                )
-                if k < head_dim_v // K_STEP:
-                    T.call_extern(
-                        "handle",
-                        "tilemla::copy_columns<true>",
-                        to,
-                        T.address_of(t.q[request, t.head, t.tile[0] + row, k * K_STEP]),
-                        t.tile[0] + row < t.rows,
-                    )
-                else:
-                    T.call_extern(
-                        "handle",
-                        "tilemla::copy_columns<false>",
-                        to,
-                        T.address_of(t.q[request, t.head, t.tile[0] + row, k * K_STEP]),
-                        t.tile[0] + row < t.rows,
-                    )
+        # Each warp two rows.
+        first_row = t.tx // 32 * 2
+        for i in T.unroll(2):
+            row = first_row + i
+            factor = T.alloc_var(
+                accum,
+                init=T.call_extern(
+                    accum,
+                    "tilemla::store_latent",
+                    place_of(row, at.lane, at),
+                    T.address_of(t.q[request, t.head, t.tile[0] + row, at.lane * K_STEP]),
+                    t.tile[0] + row < t.rows,
+                ),
+            )
+            if at.lane == 0:
+                t.q_factors[row] = factor
+        if at.lane < 2 * rope_steps:
+            row = first_row + at.lane // rope_steps
+            unit = latent_steps + at.lane % rope_steps
+            T.call_extern(
+                "handle",
+                "tilemla::copy_columns",
+                place_of(row, unit, at),
+                T.address_of(t.q[request, t.head, t.tile[0] + row, unit * K_STEP]),
+                t.tile[0] + row < t.rows,
+            )
         T.fence_proxy_async()
 
     @T.macro
@@ -170,8 +172,8 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 )
 
     @T.macro
-    def multiply(acc, first, count, operand, place, matrix, offset_of, step_of, clears):
-        # A batch of products: each takes the accumulator and the step that `step_of` says.
+    def multiply(dtype, acc, first, count, operand, place, matrix, offset_of, accumulator_of, adds):
+        # A batch of products, each at an offset of `matrix` and to one of the accumulators from `first` on.
         T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
         T.warpgroup_fence_operand(acc, first * SCORES, count * SCORES)
         T.warpgroup_arrive()
@@ -180,16 +182,16 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 accum,
                 "m64n16k16",
                 True,
-                "bf16",
-                "bf16",
+                dtype,
+                dtype,
                 "fp32",
                 operand.data,
                 place * _BATCH + i * A_REGISTERS,
                 matrix.data,
                 offset_of(i),
                 acc.data,
-                (first + step_of(i)) * SCORES,
-                clears(i),
+                (first + accumulator_of(i)) * SCORES,
+                adds(i),
                 1,
                 1,
             )
@@ -209,6 +211,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             )
         read_keys(raw, 0, page, at)
         multiply(
+            "bf16",
             scores,
             0,
             1,
@@ -227,6 +230,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             if step + 1 < _STEPS_PER_PIECE:
                 read_keys(raw, step + 1, page, at)
             multiply(
+                "fp16",
                 scores,
                 1,
                 NUM_PIECES,
@@ -241,12 +245,12 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         T.warpgroup_fence_operand(scores, 0, (1 + NUM_PIECES) * SCORES)
 
     @T.macro
-    def add_pieces(scaled, scores, scales, t):
+    def add_pieces(scaled, scores, scales, q_factors, t):
         for e in T.unroll(SCORES):
-            scaled[e] = scores[e]
+            scaled[e] = 0
             for piece in T.unroll(NUM_PIECES):
                 scaled[e] = scaled[e] + scores[(1 + piece) * SCORES + e] * scales[e % 4 // 2 * NUM_PIECES + piece]
-            scaled[e] = scaled[e] * t.softmax_scale_log2
+            scaled[e] = (scores[e] + scaled[e] * q_factors[e // 4 * 2 + e % 2]) * t.softmax_scale_log2
 
     @T.macro
     def hide_scores(scaled, request, block, at, t):
@@ -355,6 +359,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                     T.sync_warp()
                     arrive_elected(t.empty, stage)
             multiply(
+                "bf16",
                 acc,
                 piece * 2,
                 _PRODUCTS,
@@ -487,6 +492,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         scaled = T.alloc_local((SCORES,), accum)
         weights = T.alloc_local((SCORES,), accum)
         scales = T.alloc_local((2 * NUM_PIECES,), accum)
+        q_factors = T.alloc_local((COLUMNS,), accum)
         running_max = T.alloc_local((COLUMNS,), accum)
         row_sum = T.alloc_local((COLUMNS,), accum)  # over this thread's tokens until the request ends
         queries = T.alloc_wgmma_desc()
@@ -500,7 +506,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             init=address(t.own[0, 0])
             + group * (OWN_FLOATS * 4)
             + lane // 16 * (ATOM_BYTES // 2)
-            + lane % 8 * 128
+            + lane % 8 * _ROW_BYTES
             + T.bitwise_xor(warp * 2 + lane // 8 % 2, lane % 8) * CHUNK,
         )
         slot = T.alloc_var("int32", init=0)
@@ -534,6 +540,8 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             for i in T.unroll(NUM_TILES * SCORES):
                 acc[i] = 0
             T.sync_threads(MERGE_BARRIER, CONSUMERS)
+            for c in T.unroll(COLUMNS):
+                q_factors[c] = t.q_factors[at.column + c // 2 * 8 + c % 2]
             while block < end:
                 item = T.alloc_var("int32", init=base + block - begin)
                 stage = T.alloc_var("int32", init=stage_of(item))
@@ -549,7 +557,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                     )
                 score(scores, operand, raw, page, at)
                 read_values(raw, *_OUTPUT_BATCHES[0], page, at)
-                add_pieces(scaled, scores, scales, t)
+                add_pieces(scaled, scores, scales, q_factors, t)
                 hide_scores(scaled, request, block, at, t)
                 widen_values(operand, 0, raw)
                 read_values(raw, *_OUTPUT_BATCHES[1], page, at)

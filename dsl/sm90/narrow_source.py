@@ -15,25 +15,60 @@ __device__ __forceinline__ void copy_bytes(int to, const void *from, int bytes, 
                : "memory");
 }
 
-// 16 columns of a row of Q to two neighbouring chunks, zeros where it is past the last row. PERMUTED, they are in the
-// order of the K dimension that an operand has which is made of four neighbouring bytes for each lane.
-template <bool PERMUTED> __device__ __forceinline__ void copy_columns(int to, const void *from, bool is_row) {
+__device__ __forceinline__ void store_chunk(int to, uint4 from) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(from.x), "r"(from.y), "r"(from.z),
+               "r"(from.w)
+               : "memory");
+}
+
+// 16 columns of a row of Q to two neighbouring chunks, zeros where it is past the last row.
+__device__ __forceinline__ void copy_columns(int to, const void *from, bool is_row) {
   uint4 first = make_uint4(0, 0, 0, 0), second = first;
   if (is_row) {
     first = static_cast<const uint4 *>(from)[0];
     second = static_cast<const uint4 *>(from)[1];
   }
-  if (PERMUTED) {
-    const uint4 a = first, b = second;
-    first = make_uint4(a.x, a.z, b.x, b.z);
-    second = make_uint4(a.y, a.w, b.y, b.w);
+  store_chunk(to, first);
+  store_chunk(to ^ 16, second);
+}
+
+// Two bfloat16 times a power of two as float16.
+__device__ __forceinline__ unsigned float16_pair(unsigned from, float factor) {
+  unsigned to;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+      : "=r"(to)
+      : "f"(__uint_as_float(from & 0xffff0000u) * factor), "f"(__uint_as_float(from << 16) * factor));
+  return to;
+}
+
+// The latent columns of a row of Q, 16 of each lane of a warp, as float16 by a power of two that takes the largest of
+// them to 2**14: what that leaves inexact is less than 2**-38 of the largest. Returns what undoes it. The columns are in
+// the order of the K dimension that an operand has which is made of four neighbouring bytes for each lane.
+__device__ __forceinline__ float store_latent(int to, const void *from, bool is_row) {
+  uint4 words[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+  if (is_row) {
+    words[0] = static_cast<const uint4 *>(from)[0];
+    words[1] = static_cast<const uint4 *>(from)[1];
   }
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(first.x), "r"(first.y), "r"(first.z),
-               "r"(first.w)
-               : "memory");
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to ^ 16), "r"(second.x), "r"(second.y),
-               "r"(second.z), "r"(second.w)
-               : "memory");
+  unsigned *w = reinterpret_cast<unsigned *>(words);
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    most = fmaxf(most, fmaxf(fabsf(__uint_as_float(w[i] << 16)), fabsf(__uint_as_float(w[i] & 0xffff0000u))));
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+  }
+  const int exponent = max(static_cast<int>(__float_as_uint(most) >> 23), 15);
+  const float factor = __uint_as_float(static_cast<unsigned>(268 - exponent) << 23);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    w[i] = float16_pair(w[i], factor);
+  }
+  store_chunk(to, make_uint4(w[0], w[2], w[4], w[6]));
+  store_chunk(to ^ 16, make_uint4(w[1], w[3], w[5], w[7]));
+  return __uint_as_float(static_cast<unsigned>(exponent - 14) << 23);
 }
 
 __device__ __forceinline__ void clear_chunk(int to) {
@@ -48,29 +83,33 @@ __device__ __forceinline__ void read_scales(float *to, int from) {
                : "memory");
 }
 
-__device__ __forceinline__ unsigned exact_bfloat16(unsigned short from) {
-  unsigned halves, to;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(from));
+__device__ __forceinline__ unsigned exact_float16(unsigned from) {
+  unsigned to;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(to) : "h"(static_cast<unsigned short>(from)));
+  return to;
+}
+
+__device__ __forceinline__ unsigned exact_bfloat16(unsigned from) {
   float low, high;
   asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
       : "=f"(low), "=f"(high)
-      : "r"(halves));
+      : "r"(exact_float16(from)));
+  unsigned to;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(to) : "f"(high), "f"(low));
   return to;
 }
 
-// Four neighbouring e4m3 of a token as bfloat16, which holds them all: the lower two, then, half a K step further, the
-// upper two. NaN stays NaN.
+// Four neighbouring e4m3 of a token as float16: the lower two, then, half a K step further, the upper two. NaN stays.
 __device__ __forceinline__ void widen_keys(unsigned *to, unsigned from) {
-  to[0] = exact_bfloat16(static_cast<unsigned short>(from));
-  to[2] = exact_bfloat16(static_cast<unsigned short>(from >> 16));
+  to[0] = exact_float16(from);
+  to[2] = exact_float16(from >> 16);
 }
 
-// Two neighbouring columns of two tokens: the first column's values, then the second's.
+// Two neighbouring columns of two tokens as bfloat16: the first column's values, then the second's.
 __device__ __forceinline__ void widen_values(unsigned *to, unsigned from) {
   const unsigned columns = __byte_perm(from, 0, 0x3120);
-  to[0] = exact_bfloat16(static_cast<unsigned short>(columns));
-  to[1] = exact_bfloat16(static_cast<unsigned short>(columns >> 16));
+  to[0] = exact_bfloat16(columns);
+  to[1] = exact_bfloat16(columns >> 16);
 }
 
 // What of two probabilities is multiplied with values that are still to be scaled.
