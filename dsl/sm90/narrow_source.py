@@ -42,7 +42,7 @@ __device__ __forceinline__ unsigned float16_pair(unsigned from, float factor) {
 }
 
 // The latent columns of a row of Q, 16 of each lane of a warp, as float16 by a power of two that takes the largest of
-// them to 2**14: what that leaves inexact is less than 2**-38 of the largest. Returns what undoes it. The columns are in
+// them to 2**14: what that leaves inexact is less than 2**-38 of the largest. Returns what undoes it. Columns are in
 // the order of the K dimension that an operand has which is made of four neighbouring bytes for each lane.
 __device__ __forceinline__ float store_latent(int to, const void *from, bool is_row) {
   uint4 words[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
