@@ -7,13 +7,13 @@ from pathlib import Path
 from tilemla.codegen.errors import BuildError
 from tilemla.codegen.lower import LoweredProgram
 
-_PROGRAMS = ("mla_decode", "mla_decode_plain")
+_PROGRAMS = ("mla_decode", "mla_decode_plain", "mla_decode_narrow")
 _FOLDED_ROWS = ("q", "out")
 _FOLDED_LSE = "softmax_lse"
 
 
 def write_unfolded(programs: tuple[LoweredProgram, ...]) -> str:
-    """Write ``mla_decode_unfolded`` and ``mla_decode_plain_unfolded`` for a module that holds these programs.
+    """Write ``mla_decode_unfolded`` and the like for a module that holds these programs.
 
     Each takes what its program takes, in the same order, but q ``(b, s_q, h_q, head_dim_qk)``, out
     ``(b, s_q, h_q, head_dim_v)`` and softmax_lse ``(b, h_q, s_q)``, and folds them by strides alone. It refuses what

@@ -93,12 +93,18 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
         from tilemla.dsl.decode_mma import make_decode_program as make_decode_program_cuda
 
     decode = make_decode_program_cuda(spec, config)
+    narrow = {}
+    if "mla_decode_narrow" in spec.programs:
+        from tilemla.dsl.sm90.bytes_narrow import make_decode_program as make_narrow_program
+
+        narrow = {"mla_decode_narrow": make_narrow_program(spec, config)}
     return {
         "get_mla_metadata": make_metadata_program_sm90(),
         "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
         "mla_decode": decode,
         "mla_decode_plain": _without_options(decode),
         "merge_states": make_merge_program_cuda(spec),
+        **narrow,
     }
 
 

@@ -17,7 +17,10 @@ CPU_NUM_SMS = 8
 
 
 class Kernels(NamedTuple):
-    """What runs on one device. The plain decode functions lack ``attn_sink``, ``window_left`` and ``has_sink``."""
+    """What runs on one device. The plain decode functions lack ``attn_sink``, ``window_left`` and ``has_sink``.
+
+    Those for few rows are None where the module has none.
+    """
 
     spec: KernelSpec
     num_sms: int
@@ -26,11 +29,15 @@ class Kernels(NamedTuple):
     mla_decode_plain: Callable[..., None]
     mla_decode_plain_unfolded: Callable[..., None]
     get_mla_metadata: Callable[..., None]
+    mla_decode_narrow: Callable[..., None] | None = None
+    mla_decode_narrow_unfolded: Callable[..., None] | None = None
 
     @classmethod
     def of(cls, spec: KernelSpec, module: LoadedModule, device: torch.device) -> Kernels:
         """Those of an open module."""
-        return cls(spec, num_sms_of(device), *(module.functions[name] for name in cls._fields[2:]))
+        optional = cls._field_defaults
+        names = [name for name in cls._fields[2:] if name not in optional or name in module.functions]
+        return cls(spec, num_sms_of(device), **{name: module.functions[name] for name in names})
 
 
 _kernels: dict[tuple[torch.device, torch.dtype, int, int, int, str], Kernels] = {}

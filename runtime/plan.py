@@ -10,6 +10,7 @@ import torch
 from tilemla.allocate import allocator_for, contiguous_strides
 from tilemla.launch import Kernels
 from tilemla.options import Traits
+from tilemla.spec import NARROW_ROWS
 from tilemla.streams import current_device
 from tilemla.workspace import Scratch
 
@@ -122,11 +123,17 @@ class DecodePlan:
         common = (log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
         self._rest: tuple[Any, ...]
         self._no_sink: tuple[Any, ...] = ()
-        if traits.is_plain and rows <= _MOST_PLAIN_ROWS:
-            self._folded, unfolded = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded
+        narrow, narrow_unfolded = kernels.mla_decode_narrow, kernels.mla_decode_narrow_unfolded
+        if narrow is not None and narrow_unfolded is not None and rows <= NARROW_ROWS:
+            general, plain = (narrow, narrow_unfolded), None
+        else:
+            general = kernels.mla_decode, kernels.mla_decode_unfolded
+            plain = kernels.mla_decode_plain, kernels.mla_decode_plain_unfolded
+        if plain is not None and traits.is_plain and rows <= _MOST_PLAIN_ROWS:
+            self._folded, unfolded = plain
             self._rest = (*common, traits.window_right)
         else:
-            self._folded, unfolded = kernels.mla_decode, kernels.mla_decode_unfolded
+            self._folded, unfolded = general
             self._rest = (*common, traits.window_left, traits.window_right, int(traits.has_sink))
             if not traits.has_sink:
                 import tvm_ffi

@@ -25,6 +25,11 @@ _SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded", "mla_decode_plain_unfolded
 _APPENDING = ("append_kv",)
 # And where thread blocks form clusters: two tiles of heads that convert the tokens of a block together.
 _PAIRED = ("mla_sparse_decode_paired",)
+# What a module for decode of a cache of bytes has besides on sm_90a: a program for few rows, with a second way in.
+_NARROW = ("mla_decode_narrow",)
+_NARROW_SECOND_WAYS = ("mla_decode_narrow_unfolded",)
+# Rows of a query tile of that program.
+NARROW_ROWS = 16
 # Those that results were compared on: what is built unless others are asked for.
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")
@@ -109,6 +114,8 @@ class KernelSpec:
     @property
     def programs(self) -> tuple[str, ...]:
         """Names of the programs that the module is made of."""
+        if self.kernel == "mla_decode" and self.kv_format == "fp8_656" and self.arch == "sm_90a":
+            return KERNELS[self.kernel] + _NARROW
         if self.kernel != "mla_sparse_decode" or self.kv_format == "dense":
             return KERNELS[self.kernel]
         return KERNELS[self.kernel] + (_PAIRED if self.arch == "sm_90a" else ()) + _APPENDING
@@ -116,7 +123,9 @@ class KernelSpec:
     @property
     def exports(self) -> tuple[str, ...]:
         """Names of the functions that the module exports."""
-        return self.programs + _SECOND_WAYS.get(self.kernel, ())
+        programs = self.programs
+        narrow = _NARROW_SECOND_WAYS if set(_NARROW) <= set(programs) else ()
+        return programs + _SECOND_WAYS.get(self.kernel, ()) + narrow
 
     @property
     def head_dim_rope(self) -> int:
