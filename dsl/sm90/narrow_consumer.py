@@ -119,6 +119,13 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         for i in T.unroll(2):
             load_columns(words, i, request, first_row + i, at.lane, t)
         load_columns(words, 2, request, rope_row, rope_unit, t)
+        if at.lane < 2 * rope_steps:
+            T.call_extern(
+                "handle",
+                "tilemla::store_rope",
+                place_of(rope_row, rope_unit, at),
+                T.address_of(words[2 * _UNIT_WORDS]),
+            )
         for i in T.unroll(2):
             factor = T.alloc_var(
                 accum,
@@ -131,13 +138,6 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             )
             if at.lane == 0:
                 t.q_factors[first_row + i] = factor
-        if at.lane < 2 * rope_steps:
-            T.call_extern(
-                "handle",
-                "tilemla::store_rope",
-                place_of(rope_row, rope_unit, at),
-                T.address_of(words[2 * _UNIT_WORDS]),
-            )
         T.fence_proxy_async()
 
     @T.macro

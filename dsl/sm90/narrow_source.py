@@ -21,18 +21,19 @@ __device__ __forceinline__ void store_chunk(int to, uint4 from) {
                : "memory");
 }
 
-// 16 columns of a row of Q, zeros where it is past the last row.
+// 16 columns of a row of Q, zeros where it is past the last row. Written so that nothing waits for them yet.
 __device__ __forceinline__ void load_columns(unsigned *to, const void *from, bool is_row) {
-  uint4 first = make_uint4(0, 0, 0, 0), second = first;
-  if (is_row) {
-    first = static_cast<const uint4 *>(from)[0];
-    second = static_cast<const uint4 *>(from)[1];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    unsigned *chunk = to + i * 4;
+    chunk[0] = chunk[1] = chunk[2] = chunk[3] = 0;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(chunk[0]), "+r"(chunk[1]), "+r"(chunk[2]), "+r"(chunk[3])
+                 : "l"(static_cast<const uint4 *>(from) + i), "r"(static_cast<int>(is_row)));
   }
-  to[0] = first.x, to[1] = first.y, to[2] = first.z, to[3] = first.w;
-  to[4] = second.x, to[5] = second.y, to[6] = second.z, to[7] = second.w;
 }
 
-// The same to two neighbouring chunks.
+// 16 columns to two neighbouring chunks.
 __device__ __forceinline__ void store_rope(int to, const unsigned *from) {
   store_chunk(to, make_uint4(from[0], from[1], from[2], from[3]));
   store_chunk(to ^ 16, make_uint4(from[4], from[5], from[6], from[7]));
