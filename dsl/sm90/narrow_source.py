@@ -21,22 +21,15 @@ __device__ __forceinline__ void store_chunk(int to, uint4 from) {
                : "memory");
 }
 
-// 16 columns of a row of Q, zeros where it is past the last row. Written so that nothing waits for them yet.
-__device__ __forceinline__ void load_columns(unsigned *to, const void *from, bool is_row) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    unsigned *chunk = to + i * 4;
-    chunk[0] = chunk[1] = chunk[2] = chunk[3] = 0;
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-                 : "+r"(chunk[0]), "+r"(chunk[1]), "+r"(chunk[2]), "+r"(chunk[3])
-                 : "l"(static_cast<const uint4 *>(from) + i), "r"(static_cast<int>(is_row)));
+// 16 columns of a row of Q to two neighbouring chunks, zeros where it is past the last row.
+__device__ __forceinline__ void copy_columns(int to, const void *from, bool is_row) {
+  uint4 first = make_uint4(0, 0, 0, 0), second = first;
+  if (is_row) {
+    first = static_cast<const uint4 *>(from)[0];
+    second = static_cast<const uint4 *>(from)[1];
   }
-}
-
-// 16 columns to two neighbouring chunks.
-__device__ __forceinline__ void store_rope(int to, const unsigned *from) {
-  store_chunk(to, make_uint4(from[0], from[1], from[2], from[3]));
-  store_chunk(to ^ 16, make_uint4(from[4], from[5], from[6], from[7]));
+  store_chunk(to, first);
+  store_chunk(to ^ 16, second);
 }
 
 // Two bfloat16 times a power of two as float16.
@@ -51,7 +44,13 @@ __device__ __forceinline__ unsigned float16_pair(unsigned from, float factor) {
 // The latent columns of a row of Q, 16 of each lane of a warp, as float16 by a power of two that takes the largest of
 // them to 2**14: what that leaves inexact is less than 2**-38 of the largest. Returns what undoes it. Columns are in
 // the order of the K dimension that an operand has which is made of four neighbouring bytes for each lane.
-__device__ __forceinline__ float store_latent(int to, unsigned *w) {
+__device__ __forceinline__ float store_latent(int to, const void *from, bool is_row) {
+  uint4 words[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+  if (is_row) {
+    words[0] = static_cast<const uint4 *>(from)[0];
+    words[1] = static_cast<const uint4 *>(from)[1];
+  }
+  unsigned *w = reinterpret_cast<unsigned *>(words);
   float most = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
