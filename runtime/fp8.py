@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from tilemla.interface import decode_checked
+from tilemla.constants import constant
+from tilemla.interface import decode_checked, decode_planned
 from tilemla.kv_formats import FP8_LAYOUTS
 from tilemla.launch import kernels_for
 from tilemla.options import DEFAULT_OPTIONS, Options, check_attn_sink, check_results
+from tilemla.plan import exact_values
 from tilemla.schedule import FlashMLASchedMeta, get_mla_metadata
 from tilemla.sparse_validate import (
     check_byte_cache,
     check_descale,
     check_one_head,
+    check_pages,
     check_queries,
-    pages_of,
 )
 from tilemla.validate import check_decode_arguments, describe
 
 # The format of bytes that tokens are read in through a block table.
 _KV_FORMAT = "fp8_656"
+_SCALES = ("descale_q", "descale_k")
 
 
 def decode_bytes(
@@ -44,6 +47,27 @@ def decode_bytes(
 
     Parameters and results are those of ``flash_mla_with_kvcache``; what it raises is raised here.
     """
+    kind: tuple[Any, ...] | None
+    try:
+        # A module that reads rows wherever they are cannot tell all that is asked of a cache.
+        looks = (q.shape, q.dtype, q.device, k_cache.dtype, k_cache.shape[2:], k_cache.stride())
+        kind = (looks, exact_values(head_dim_v, softmax_scale, causal), options)
+        result = decode_planned(
+            kind,
+            q,
+            k_cache.view(torch.uint8),
+            block_table,
+            cache_seqlens,
+            tile_scheduler_metadata,
+            num_splits,
+            out,
+            softmax_lse,
+            attn_sink,
+        )
+    except (AttributeError, TypeError, RuntimeError):  # something is no tensor, no key, or has no bytes to view
+        kind = result = None
+    if result is not None:
+        return result
     check_queries(q, 4, "(batch_size, seq_len_q, num_heads_q, head_dim_qk)")
     check_one_head("k_cache", k_cache, q.device, "q")
     head_dim_qk = FP8_LAYOUTS[_KV_FORMAT].head_dim
@@ -52,7 +76,7 @@ def decode_bytes(
             f"q must have head dim {head_dim_qk} where is_fp8_kvcache is True and indices are None, got {describe(q)}"
         )
     check_byte_cache("k_cache", k_cache, _KV_FORMAT, "is_fp8_kvcache is True")
-    pages_of("k_cache", k_cache)
+    check_pages("k_cache", k_cache)
     block_table, cache_seqlens = check_decode_arguments(
         q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, in_bytes=True
     )
@@ -73,6 +97,7 @@ def decode_bytes(
         out,
         softmax_lse,
         options,
+        kind,
     )
 
 
@@ -145,12 +170,34 @@ def flash_mla_with_kvcache_fp8(
             "flash_mla_with_kvcache_fp8 has no operator for torch.compile; leave the call out of the graph with "
             "torch.compiler.disable"
         )
+    scales: tuple[Any, ...] = (descale_q, descale_k)
+    kind: tuple[Any, ...] | None
+    try:
+        scales = tuple(constant(q.device, 1, 1.0, torch.float32) if scale is None else scale for scale in scales)
+        looks = (q.shape, q.dtype, q.device, k_cache.dtype)
+        kind = (looks, exact_values(head_dim_v, softmax_scale, causal), DEFAULT_OPTIONS)
+        result = decode_planned(
+            kind,
+            q.view(torch.uint8),
+            k_cache.view(torch.uint8),
+            block_table,
+            cache_seqlens,
+            tile_scheduler_metadata,
+            num_splits,
+            None,
+            None,
+            None,
+            scales,
+        )
+    except (AttributeError, TypeError, RuntimeError):  # something is no tensor, no key, or has no bytes to view
+        kind = result = None
+    if result is not None:
+        return result
     block_table, cache_seqlens = check_decode_arguments(
         q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal
     )
     if q.dtype is not torch.float8_e4m3fn:
         raise TypeError(f"q must be float8_e4m3fn, got {describe(q)}")
-    scales = (check_descale("descale_q", descale_q, q.device), check_descale("descale_k", descale_k, q.device))
     return decode_checked(
         kernels_for(q.device, torch.bfloat16, q.shape[3], head_dim_v, k_cache.shape[1], "dense_fp8"),
         q.detach().view(torch.uint8),
@@ -166,6 +213,7 @@ def flash_mla_with_kvcache_fp8(
         None,
         None,
         DEFAULT_OPTIONS,
+        kind,
         out_dtype=torch.bfloat16,
-        scales=scales,
+        scales=tuple(check_descale(name, scale, q.device) for name, scale in zip(_SCALES, scales, strict=True)),
     )

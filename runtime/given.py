@@ -38,7 +38,7 @@ class Given(NamedTuple):
     by_length: bool = False
 
 
-def recall_num_splits(tile_scheduler_metadata: Any) -> torch.Tensor | None:
+def _recall_num_splits(tile_scheduler_metadata: Any) -> torch.Tensor | None:
     """``num_splits`` of a tensor that ``get_mla_metadata`` returned, where it is sure to be in step with it."""
     attributes = getattr(tile_scheduler_metadata, "__dict__", None)
     if not attributes or "tile_scheduler_metadata" in attributes:
@@ -49,6 +49,42 @@ def recall_num_splits(tile_scheduler_metadata: Any) -> torch.Tensor | None:
     if tile_scheduler_metadata.device.type == "cuda" and is_capturing():
         return None
     return num_splits  # type: ignore[no-any-return]
+
+
+def recall_schedule(
+    tile_scheduler_metadata: Any, num_splits: Any
+) -> tuple[torch.Tensor, torch.Tensor, ScheduleConfig | SparseScheduleConfig | None] | None:
+    """The schedule of a call where it is there, and nothing else of the call is needed to tell.
+
+    Parameters
+    ----------
+    tile_scheduler_metadata, num_splits
+        As in ``flash_mla_with_kvcache``; of any type.
+
+    Returns
+    -------
+    (tile_scheduler_metadata, num_splits, config) or None
+        The tuple form, unchecked, and what a call must be like to follow it, None for any. None where `find_schedule`
+        has to look.
+    """
+    config = None
+    if num_splits is None:
+        if tile_scheduler_metadata.__class__ is FlashMLASchedMeta:
+            given = tile_scheduler_metadata
+            config = given.config
+            if config is not None:
+                tile_scheduler_metadata, num_splits = given.tile_scheduler_metadata, given.num_splits
+        else:
+            num_splits = _recall_num_splits(tile_scheduler_metadata)
+        if num_splits is None:
+            return None
+    # One part that is not ours may be no schedule at all (`Given.by_length`).
+    if config is None and (
+        not isinstance(tile_scheduler_metadata, torch.Tensor)
+        or ("num_splits" not in tile_scheduler_metadata.__dict__ and tile_scheduler_metadata.shape[0] < 2)
+    ):
+        return None
+    return tile_scheduler_metadata, num_splits, config
 
 
 def _is_untouched(tile_scheduler_metadata: torch.Tensor, num_splits: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tilemla import operators, sparse_operators  # noqa: F401  # torch.ops.tilemla
-from tilemla.given import Given, find_schedule, recall_num_splits
+from tilemla.given import Given, find_schedule, recall_schedule
 from tilemla.launch import Kernels, kernels_for
 from tilemla.options import (
     DEFAULT_OPTIONS,
@@ -20,7 +20,7 @@ from tilemla.options import (
     check_results,
     has_heads_side_by_side,
 )
-from tilemla.plan import DecodePlan, remember
+from tilemla.plan import DecodePlan, exact_values, remember
 from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, get_mla_metadata, make_batch_invariant_schedule
 from tilemla.sparse import decode_chosen
 from tilemla.sparse_validate import check_no_indices
@@ -161,8 +161,6 @@ def flash_mla_with_kvcache(
                 extra_topk_length,
             ),
         )
-    metadata: Any = tile_scheduler_metadata
-    splits: Any = num_splits
     options = None
     if (
         attn_sink is not None
@@ -219,54 +217,27 @@ def flash_mla_with_kvcache(
                 softmax_lse,
                 options,
             )
-        if batch_invariant:  # the schedule is made below
-            metadata = splits = None
     # A call like one that was checked before goes straight to the module, which looks at every tensor itself. What it
     # refuses is checked again below, where the argument is named in the words of this interface.
-    config = None
-    if splits is None:
-        if metadata.__class__ is FlashMLASchedMeta:
-            config = metadata.config
-            if config is not None:
-                metadata, splits = metadata.tile_scheduler_metadata, metadata.num_splits
-        else:
-            splits = recall_num_splits(metadata)
+    kind: tuple[Any, ...] | None
     try:
-        kind = (
-            q.shape,
-            q.dtype,
-            q.device,
-            head_dim_v,
-            head_dim_v.__class__,
-            softmax_scale,
-            softmax_scale.__class__,
-            causal,
-            causal.__class__,
-            options,
+        kind = (q.shape, q.dtype, q.device, exact_values(head_dim_v, softmax_scale, causal), options)
+        result = decode_planned(
+            kind,
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            tile_scheduler_metadata,
+            num_splits,
+            out,
+            softmax_lse,
+            attn_sink,
         )
-        plan, planned = _plans[kind]
     except (AttributeError, TypeError):  # q is no tensor, or something is no key
-        kind = None
-    except KeyError:
-        pass
-    else:
-        if splits is not None and (config is None or config == planned):
-            try:
-                # One part that is not ours may be no schedule at all (`given.Given.by_length`).
-                if "num_splits" in metadata.__dict__ or metadata.shape[0] > 1 or config is not None:
-                    return plan.run(
-                        q,
-                        k_cache,
-                        block_table,  # type: ignore[arg-type]
-                        cache_seqlens,  # type: ignore[arg-type]
-                        metadata,
-                        splits,
-                        out,
-                        softmax_lse,
-                        attn_sink,
-                    )
-            except (AttributeError, TypeError, ValueError, RuntimeError):
-                pass  # what is wrong is found, and said, below
+        kind = result = None
+    if result is not None:
+        return result
     return check_and_decode(
         q,
         k_cache,
@@ -288,6 +259,53 @@ def flash_mla_with_kvcache(
 # Calls that were checked, each with what a schedule that filled itself in must be for, by what the module cannot tell
 # from the tensors. A call that fits its plan but for the cache's geometry is checked again and takes the plan's place.
 _plans: dict[tuple[Any, ...], tuple[DecodePlan, ScheduleConfig]] = {}
+
+
+def decode_planned(
+    kind: tuple[Any, ...],
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor | None,
+    num_splits: torch.Tensor | None,
+    out: torch.Tensor | None,
+    softmax_lse: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    scales: tuple[torch.Tensor, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Decode as a call of the kind that was checked before; None, with nothing enqueued, where that cannot be.
+
+    Raises
+    ------
+    TypeError
+        Where the kind is none: something in it cannot be looked up.
+    """
+    known = _plans.get(kind)
+    if known is None or (kind[-1] is not None and kind[-1].batch_invariant):  # then the schedule is not the one given
+        return None
+    schedule = recall_schedule(tile_scheduler_metadata, num_splits)
+    if schedule is None:
+        return None
+    metadata, splits, config = schedule
+    plan, planned = known
+    if config is not None and config != planned:
+        return None
+    try:
+        return plan.run(
+            q,
+            k_cache,
+            block_table,  # type: ignore[arg-type]
+            cache_seqlens,  # type: ignore[arg-type]
+            metadata,
+            splits,
+            out,
+            softmax_lse,
+            attn_sink,
+            scales,
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None  # what is wrong is found, and said, by who asked
 
 
 def check_and_decode(
@@ -401,12 +419,11 @@ def decode_checked(
             softmax_scale=softmax_scale,
             traits=traits,
             out_dtype=out_dtype,
-            scales=scales,
         )
     written = softmax_lse
     if written is not None and not has_heads_side_by_side(written) and not plan.copies:
         written = None  # a new one is made, and copied
-    result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits, out, written, attn_sink)
+    result = plan.run(q, k_cache, block_table, cache_seqlens, metadata, splits, out, written, attn_sink, scales)
     if softmax_lse is not None and written is None:
         softmax_lse.detach().copy_(result[1])
         result = (result[0], softmax_lse)

@@ -35,6 +35,11 @@ def log2_scale(softmax_scale: float | None, head_dim_qk: int) -> float:
     return max(scale * _LOG2E, _FLOAT32_TINY)
 
 
+def exact_values(head_dim_v: Any, softmax_scale: Any, causal: Any) -> tuple[Any, ...]:
+    """Arguments of a call as plans are found by them: each with its class, since True is 1 and 1 is 1.0."""
+    return (head_dim_v, head_dim_v.__class__, softmax_scale, softmax_scale.__class__, causal, causal.__class__)
+
+
 def remember(plans: dict[_Kind, _Plan], kind: _Kind, plan: _Plan) -> None:
     """Keep a plan for calls of a kind. When there are too many kinds all are forgotten, and those in use come back."""
     if len(plans) >= MAX_PLANS:
@@ -59,8 +64,6 @@ class DecodePlan:
         The window, the base of the log-sum-exp, and whether there is an attention sink.
     out_dtype : torch.dtype, optional
         Of the output; q's by default.
-    scales : tuple of Tensor
-        What the module's programs take between the attention sink and their numbers. The plan is for these alone.
 
     Attributes
     ----------
@@ -80,6 +83,7 @@ class DecodePlan:
         "_index",
         "_lse_shape",
         "_lse_strides",
+        "_no_sink",
         "_out_shape",
         "_out_strides",
         "_rest",
@@ -100,7 +104,6 @@ class DecodePlan:
         softmax_scale: float | None,
         traits: Traits,
         out_dtype: torch.dtype | None = None,
-        scales: tuple[torch.Tensor, ...] = (),
     ) -> None:
         batch_size, seq_len_q, num_heads_q, head_dim_qk = q.shape
         group = num_heads_q // num_heads_k
@@ -117,8 +120,9 @@ class DecodePlan:
         self._scratch = Scratch(kernels.spec, q.device, batch_size + num_sm_parts, num_heads_k, rows, head_dim_v)
         self._has_sink = traits.has_sink
         self._sink_shape = (num_heads_k, group)
-        common = (*scales, log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
+        common = (log2_scale(softmax_scale, head_dim_qk), traits.lse_scale, seq_len_q, group)
         self._rest: tuple[Any, ...]
+        self._no_sink: tuple[Any, ...] = ()
         narrow, narrow_unfolded = kernels.mla_decode_narrow, kernels.mla_decode_narrow_unfolded
         if narrow is not None and narrow_unfolded is not None and rows <= NARROW_ROWS:
             general, plain = (narrow, narrow_unfolded), None
@@ -135,7 +139,7 @@ class DecodePlan:
                 import tvm_ffi
 
                 no_sink = torch.empty((num_heads_k, 1), dtype=torch.float32, device=q.device)
-                self._rest = (tvm_ffi.from_dlpack(no_sink), *self._rest)
+                self._no_sink = (tvm_ffi.from_dlpack(no_sink),)
         self.copies = num_heads_k > 1 and seq_len_q > 1
         self._decode = self._decode_copies if self.copies else unfolded
 
@@ -150,10 +154,12 @@ class DecodePlan:
         out: torch.Tensor | None = None,
         softmax_lse: torch.Tensor | None = None,
         attn_sink: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the kernels on the current stream of the tensors' device and return ``out`` and ``softmax_lse``.
 
         Results that are given are written in place; the module refuses those that are not laid out as new ones.
+        ``scales`` are what the module's programs take between the attention sink and their numbers.
 
         Raises
         ------
@@ -173,6 +179,7 @@ class DecodePlan:
                     out,
                     softmax_lse,
                     attn_sink,
+                    scales,
                 )
         if out is None:
             out = self._empty(self._out_shape, self._out_strides, self._dtype)
@@ -180,9 +187,9 @@ class DecodePlan:
             softmax_lse = self.empty_lse()
         if self._out_shape[0]:  # no kernel runs for an empty batch
             workspace = self._scratch.take()
-            rest = self._rest
+            sink = self._no_sink
             if self._has_sink:
-                rest = (attn_sink.view(self._sink_shape), *rest)  # type: ignore[union-attr]
+                sink = (attn_sink.view(self._sink_shape),)  # type: ignore[union-attr]
             self._decode(
                 q,
                 k_cache,
@@ -194,7 +201,9 @@ class DecodePlan:
                 softmax_lse,
                 workspace.out_accum,
                 workspace.lse_accum_log2,
-                *rest,
+                *sink,
+                *scales,
+                *self._rest,
             )
         return out, softmax_lse
 

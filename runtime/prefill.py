@@ -8,10 +8,10 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tilemla import sparse_operators  # noqa: F401  # torch.ops.tilemla
+from tilemla.constants import constant, no_sink
 from tilemla.launch import module_of_kind
 from tilemla.options import check_attn_sink
 from tilemla.plan import log2_scale
-from tilemla.sparse import constant, no_sink
 from tilemla.sparse_validate import (
     check_indices,
     check_lengths,

@@ -69,8 +69,8 @@ def check_byte_cache(name: str, k_cache: torch.Tensor, kv_format: str, where: st
         )
 
 
-def pages_of(name: str, k_cache: torch.Tensor) -> torch.Tensor:
-    """The pages of a cache of bytes that was checked, (num_blocks, bytes) uint8, each in a row."""
+def check_pages(name: str, k_cache: torch.Tensor) -> None:
+    """Check that the pages of a cache of bytes, checked otherwise, do not overlap."""
     num_blocks, page_block_size, _, width = k_cache.shape
     num_bytes = page_block_size * width
     if num_blocks > 1 and k_cache.stride(0) < num_bytes:
@@ -78,7 +78,13 @@ def pages_of(name: str, k_cache: torch.Tensor) -> torch.Tensor:
             f"{name} must have pages that do not overlap, {num_bytes} bytes or more apart, "
             f"got strides {k_cache.stride()}"
         )
-    return k_cache.view(torch.uint8).as_strided((num_blocks, num_bytes), (k_cache.stride(0), 1))
+
+
+def pages_of(name: str, k_cache: torch.Tensor) -> torch.Tensor:
+    """The pages of a cache of bytes that was checked otherwise, (num_blocks, bytes) uint8, each in a row."""
+    check_pages(name, k_cache)
+    num_blocks, page_block_size, _, width = k_cache.shape
+    return k_cache.view(torch.uint8).as_strided((num_blocks, page_block_size * width), (k_cache.stride(0), 1))
 
 
 def check_one_head(name: str, k_cache: Any, device: torch.device, beside: str) -> torch.Tensor:
@@ -121,9 +127,7 @@ def check_chosen_cache(name: str, k_cache: Any, q: torch.Tensor, is_fp8_kvcache:
 
 
 def check_descale(name: str, value: Any, device: torch.device) -> torch.Tensor:
-    """Return what e4m3 elements are multiplied by, (1,) float32; 1 where it is None."""
-    if value is None:
-        return torch.ones(1, dtype=torch.float32, device=device)
+    """Return what e4m3 elements are multiplied by, (1,) float32."""
     check_tensor(name, value, 1, "(1,)")
     if value.dtype is not torch.float32:
         raise TypeError(f"{name} must be float32, got {describe(value)}")

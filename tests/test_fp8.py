@@ -150,6 +150,11 @@ def e4m3(case, device, descale_q, descale_k):
     return dataclasses.replace(inputs, q=q, k_cache=k_cache), held
 
 
+def check_e4m3(out, lse, expected):
+    """A GPU's tensor cores keep 14 bits of a sum of products of e4m3, each time that they add to it."""
+    check_result(out, lse, expected, score_roundoff=2.0**-12 if out.is_cuda else 0.0)
+
+
 def decode_e4m3(inputs, case, descales, schedule=None):
     device = inputs.q.device
     return tilemla.flash_mla_with_kvcache_fp8(
@@ -193,7 +198,7 @@ def test_any_cache_of_e4m3(case, descale_q, descale_k, num_sm_parts):
     schedule = spread(case, num_sm_parts, device) if num_sm_parts else None
     out, lse = decode_e4m3(inputs, case, (descale_q, descale_k), schedule)
     assert out.dtype == torch.bfloat16
-    check_result(out, lse, reference(inputs, case, held, q))
+    check_e4m3(out, lse, reference(inputs, case, held, q))
 
 
 E4M3 = Case(lengths=(300, 0, 64, 130), seq_len_q=2, num_heads_q=20, causal=True)
@@ -202,7 +207,7 @@ E4M3 = Case(lengths=(300, 0, 64, 130), seq_len_q=2, num_heads_q=20, causal=True)
 def test_scales_are_1_by_default(device):
     inputs, (q, held) = e4m3(E4M3, device, 1.0, 1.0)
     out, lse = decode_e4m3(inputs, E4M3, (None, None))
-    check_result(out, lse, reference(inputs, E4M3, held, q))
+    check_e4m3(out, lse, reference(inputs, E4M3, held, q))
 
 
 @pytest.mark.parametrize("descales", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
@@ -211,7 +216,7 @@ def test_scales_of_0(device, descales):
     inputs, _ = e4m3(E4M3, device, 1.0, 1.0)
     out, lse = decode_e4m3(inputs, E4M3, descales)
     q, held = inputs.q.float() * descales[0], inputs.k_cache.float() * descales[1]
-    check_result(out, lse, reference(inputs, E4M3, held, q))
+    check_e4m3(out, lse, reference(inputs, E4M3, held, q))
     assert out[0].any() == bool(descales[1])
 
 
@@ -233,7 +238,7 @@ def test_as_vllm_calls(device):
         descale_q=torch.tensor([0.5], device=device),
         descale_k=torch.tensor([0.25], device=device),
     )
-    check_result(out, lse, reference(inputs, E4M3, held, q))
+    check_e4m3(out, lse, reference(inputs, E4M3, held, q))
 
 
 BAD_E4M3 = {

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 import tilemla
 from cases import Case
-from reference import check_result
 from strategies import head_counts, lengths_of_request
-from test_fp8 import decode_e4m3, e4m3, reference, spread
+from test_fp8 import check_e4m3, decode_e4m3, e4m3, reference, spread
 from tilemla.interface import decode_checked
 from tilemla.launch import kernels_for
 from tilemla.options import Options
@@ -27,7 +26,7 @@ def check(case, num_sm_parts=None, descales=DESCALES):
     inputs, (q, held) = e4m3(case, DEVICE, *descales)
     schedule = None if num_sm_parts is None else spread(case, num_sm_parts, DEVICE)
     out, lse = decode_e4m3(inputs, case, descales, schedule)
-    check_result(out, lse, reference(inputs, case, held, q))
+    check_e4m3(out, lse, reference(inputs, case, held, q))
     return out, lse
 
 
@@ -114,7 +113,7 @@ def test_windows_and_sinks(window, has_sink):
         out_dtype=torch.bfloat16,
         scales=tuple(torch.tensor([value], device=DEVICE) for value in DESCALES),
     )
-    check_result(out, lse, reference(inputs, case, held, q))
+    check_e4m3(out, lse, reference(inputs, case, held, q))
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache"])

@@ -174,7 +174,6 @@ def make_decode_program(spec, config) -> Program:
             end_request_inclusive = T.Select(part_index < num_sm_parts, part.end_request_inclusive, -1)
             begin_block = part.begin_block
             last_end_block = part.end_block
-            T.pdl_trigger()
             if tx == 0:
                 tile[0] = row_tile * ROWS
                 tile[1] = layer_head

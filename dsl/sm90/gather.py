@@ -186,7 +186,8 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
 
     Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. The first pieces of a block
     are loaded to registers before its stage is free. The others are copied to shared memory, where the piece that is
-    converted after each belongs, or past them all: a copy waits for nobody, and many are under way at once.
+    converted after each belongs, or past them all: a copy waits for nobody, and many are under way at once. Where all
+    pieces are in registers the rope part is, too; otherwise it is copied.
 
     Parameters
     ----------
@@ -213,8 +214,7 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
         (piece, first, end - first, None if piece < _PIECES_LOADED[blocks] else kept)
         for piece, first, end, kept in zip(range(NUM_PIECES), firsts, ends, kept_at, strict=True)
     ]
-    # Where nothing is copied but the rope part.
-    waits_for_copies = (NUM_PIECES - 1,) if _PIECES_LOADED[blocks] == NUM_PIECES else ()
+    all_loaded = _PIECES_LOADED[blocks] == NUM_PIECES
     loaded = [(piece, first, atoms) for piece, first, atoms, kept in pieces if kept is None]
     later = [(piece, first, kept) for piece, first, _, kept in pieces if kept is not None]
     groups = tuple(range(tokens // _GROUP))
@@ -321,14 +321,15 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
         )
 
     @T.macro
-    def send_last(stage, word, first_row, kv, there, t):
-        # The rope part, where P will soon be, and the mask.
+    def send_last(rope, stage, word, first_row, kv, there, t):
+        # The rope part, where P will soon be, to here and there, and the mask.
         for k in passes:
             T.call_extern(
                 "handle",
-                "tilemla::send_chunk",
+                "tilemla::store_chunk",
                 _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv)
                 + num_atoms * ATOM_BYTES,
+                T.address_of(rope[k * 4]),
                 there.barrier(stage, NUM_PIECES - 1),
                 there.distance,
             )
@@ -342,18 +343,31 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
             )
 
     @T.macro
-    def hand_over(stage, piece, word, first_row, kv, there, t):
-        if piece in waits_for_copies:
-            T.call_extern("handle", "tilemla::wait_copies<0>")  # of the rope part
+    def load_rope(rope, place, t):
+        for k in passes:
+            line = T.alloc_var(
+                "int64",
+                init=T.call_extern("int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK),
+            )
+            T.call_extern(
+                "handle",
+                "tilemla::load_chunk",
+                T.address_of(rope[k * 4]),
+                line,
+                rope_offset + t.tx % _CHUNK * _CHUNK_BYTES,
+            )
+
+    @T.macro
+    def hand_over(rope, stage, piece, word, first_row, kv, there, t):
         if blocks == ALONE:
             T.sync_warp()
             arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
         else:
             # The warp's rows of an atom lie side by side: what is there is copied to the other thread block as it is.
+            if piece == NUM_PIECES - 1:
+                send_last(rope, stage, word, first_row, kv, there, t)
             T.fence_proxy_async()
             T.sync_warp()
-            if piece == NUM_PIECES - 1:
-                send_last(stage, word, first_row, kv, there, t)
             if t.tx % WARP == 0:
                 T.call_extern("handle", "tilemla::expect", there.barrier(stage, piece), bytes_of_piece[piece])
                 for atom in atoms_of_piece[piece]:
@@ -372,6 +386,7 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
         index = T.alloc_local((2,), "int32")
         place = T.alloc_local((2,), "int64")
         rows = T.alloc_local((4,), "int64")
+        rope = T.alloc_local((len(passes) * 4,), "uint32")
         ahead = [T.alloc_local((len(groups) * words,), "uint32") for _ in loaded]
         raw = [T.alloc_local((words,), "uint32") for _ in range(2)]
         scales = T.alloc_local((len(groups) * NUM_PIECES,), "uint32")
@@ -392,6 +407,8 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
             load_scale(scales, piece, rows, t)
             if kept is None:
                 load_piece(ahead[piece], first, atoms, rows, t)
+        if all_loaded:
+            load_rope(rope, place, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             end = T.alloc_var("int32", init=bounds.end)
@@ -402,7 +419,8 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
                     T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
                 if t.tx % WARP == 0:
                     t.valid[stage, word] = T.bitwise_and(valid, 2**tokens - 1)
-                copy_later(place, stage, first_row, kv, t)
+                if not all_loaded:
+                    copy_later(place, stage, first_row, kv, t)
                 for parity, piece, first, atoms, kept, g, follow in units:
                     # What is converted next is read before this is.
                     if follow is not None:
@@ -418,7 +436,7 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
                     else:
                         store(raw[parity], 0, scales, stage, first_row, piece, first, atoms, g, kv, t)
                     if g == groups[-1]:
-                        hand_over(stage, piece, word, first_row, kv, there, t)
+                        hand_over(rope, stage, piece, word, first_row, kv, there, t)
                         if piece == 0:
                             # Not earlier: what was loaded last would be waited for together with the index.
                             walk.step(place, index, cursor, first_row, t)
@@ -426,6 +444,8 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
                         load_scale(scales, piece, rows, t)
                         if kept is None:
                             load_piece(ahead[piece], first, atoms, rows, t)
+                        if all_loaded and piece == NUM_PIECES - 1:
+                            load_rope(rope, place, t)
                 turn = next_turn(turn, NUM_STAGES)
 
     return producer

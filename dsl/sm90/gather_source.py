@@ -160,15 +160,23 @@ __device__ __forceinline__ void copy_to_other(unsigned from, int bytes, unsigned
                : "memory");
 }
 
-__device__ __forceinline__ void send_chunk(unsigned from, unsigned barrier, int distance) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
+// 16 bytes, which are zeros of an invalid token.
+__device__ __forceinline__ void load_chunk(unsigned *chunk, long long from, int offset) {
+  chunk[0] = chunk[1] = chunk[2] = chunk[3] = 0;
+  if (from != 0) {
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(chunk[0]), "=r"(chunk[1]), "=r"(chunk[2]), "=r"(chunk[3])
+                 : "l"(from + offset));
+  }
+}
+
+__device__ __forceinline__ void store_chunk(unsigned to, const unsigned *chunk, unsigned barrier, int distance) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(chunk[0]), "r"(chunk[1]), "r"(chunk[2]),
+               "r"(chunk[3])
                : "memory");
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   from + distance),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier + distance)
+                   to + distance),
+               "r"(chunk[0]), "r"(chunk[1]), "r"(chunk[2]), "r"(chunk[3]), "r"(barrier + distance)
                : "memory");
 }
 

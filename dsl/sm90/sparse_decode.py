@@ -230,7 +230,6 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             end_request_inclusive = part.end_request_inclusive
             begin_block = part.begin_block
             last_end_block = part.end_block
-            T.pdl_trigger()
             if tx == 0:
                 tile[0] = (part_and_tile - line * head_tiles) * ROWS
                 tile[1] = query

@@ -114,7 +114,9 @@ def make_sparse_prefill_program(spec) -> Program:
     way_out = SimpleNamespace(
         scale_rows=make_way_out(QUARTER).scale_rows, write_tile=write_tile, write_empty=write_empty
     )
-    score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of, write_sums, keeps_max=True)
+    score_warpgroup = make_score_warpgroup(
+        dtype, head_dim_qk, roles, softmax, blocks_of, write_sums, keeps_max=True, launches=False
+    )
     output_warpgroup = make_output_warpgroup(head_dim_v, way_out, blocks_of)
     producer = make_dense_producer(head_dim_qk, roles, make_walk(blocks_of, read_index, address), blocks_of)
 
