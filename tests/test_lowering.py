@@ -171,6 +171,23 @@ def test_every_sparse_sm_90a_module_gathers_and_multiplies_without_a_spill(spec,
     assert (entry.manifest.kernels[0].threads, entry.manifest.kernels[0].registers) == (512, 128)
 
 
+def test_few_rows_over_bytes_are_multiplied_from_registers(tmp_path):
+    spec = KernelSpec(kv_format="fp8_656")
+    programs = {"mla_decode_narrow": make_programs(spec)["mla_decode_narrow"]}
+    entry = build_programs("narrow", programs, "sm_90a", tmp_path, dtype="bfloat16", spec=spec.to_dict())
+    ptx = text_of(entry, "mla_decode_narrow.ptx")
+    check_ptx(ptx)
+    # Pages come as they are; what is stored to shared memory is Q, P and outputs.
+    assert "cp.async.bulk.shared::cluster.global.mbarrier" in ptx and "cp.async.bulk.tensor" not in ptx
+    for kind in ("f16.f16", "bf16.bf16"):
+        assert f"wgmma.mma_async.sync.aligned.m64n16k16.f32.{kind}" in ptx
+    for instruction in ("ldmatrix.sync.aligned.m8n8.x4.trans", "stmatrix.sync.aligned.m8n8.x4.trans"):
+        assert instruction in ptx
+    kernel = entry.manifest.kernels[0]
+    assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
+    assert (kernel.threads, kernel.registers) == (384, 168) and kernel.smem_bytes <= SMEM_LIMIT_BYTES
+
+
 @pytest.mark.parametrize(("kv_format", "head_dim_qk"), [("fp8_656", 576), ("fp8_584", 512)])
 def test_appending_is_a_warp_for_a_tile(kv_format, head_dim_qk, tmp_path):
     spec = KernelSpec(kv_format=kv_format, head_dim_qk=head_dim_qk, page_block_size=0, kernel="mla_sparse_decode")

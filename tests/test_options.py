@@ -317,17 +317,24 @@ def test_windows_as_kernels_take_them(window, causal, seq_len_q, expected):
         (16, dict(has_sink=True), "mla_decode"),
         (16, dict(has_sink=True, seq_len_q=2, num_heads_k=2), "mla_decode"),
         (16, dict(seq_len_q=2, num_heads_k=2), "mla_decode_plain"),
+        # Of a module that has a program for few rows.
+        (16, dict(has_narrow=True), "mla_decode_narrow"),
+        (16, dict(has_narrow=True, has_sink=True, seq_len_q=2), "mla_decode_narrow"),
+        (16, dict(has_narrow=True, seq_len_q=2, num_heads_k=2), "mla_decode_narrow"),
+        (17, dict(has_narrow=True), "mla_decode_plain"),
+        (17, dict(has_narrow=True, has_sink=True), "mla_decode"),
     ],
 )
 def test_which_program_serves_a_call(rows, options, program):
     """It gets as many arguments as it takes."""
+    options = dict(options)
     calls = []
+    programs = ("mla_decode", "mla_decode_plain", *(("mla_decode_narrow",) if options.pop("has_narrow", False) else ()))
     functions = {
         name: lambda *arguments, name=name: calls.append((name.removesuffix("_unfolded"), len(arguments)))
-        for name in ("mla_decode", "mla_decode_unfolded", "mla_decode_plain", "mla_decode_plain_unfolded")
+        for name in (*programs, *(f"{name}_unfolded" for name in programs))
     }
     kernels = Kernels(KernelSpec(arch="cpu"), 8, **functions, get_mla_metadata=lambda: None)
-    options = dict(options)
     seq_len_q, num_heads_k = options.pop("seq_len_q", 1), options.pop("num_heads_k", 1)
     traits = Traits.of(
         Options(options.pop("window_size", UNLIMITED), has_sink=options.pop("has_sink", False)),

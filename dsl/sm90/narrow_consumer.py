@@ -61,7 +61,6 @@ from tilemla.dsl.sm90.tile import WARPGROUP, begin_and_end
 
 _STEPS_PER_ATOM = 4
 _ROW_BYTES = 128  # of an atom
-_UNIT_WORDS = 8  # of 16 columns of Q
 _PRODUCTS = 4  # of a batch, that leave together; of four accumulators, so that none waits for another
 _BATCH = _PRODUCTS * A_REGISTERS  # registers of their operands; those of two batches are in use at once
 _P_BYTES = NUM_PIECES * ATOM_BYTES
@@ -100,43 +99,32 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         return at.q + T.truncdiv(unit, _STEPS_PER_ATOM) * ATOM_BYTES + row * _ROW_BYTES + within
 
     @T.macro
-    def load_columns(to, place, request, row, unit, t):
-        T.call_extern(
-            "handle",
-            "tilemla::load_columns",
-            T.address_of(to[place * _UNIT_WORDS]),
-            T.address_of(t.q[request, t.head, t.tile[0] + row, unit * K_STEP]),
-            t.tile[0] + row < t.rows,
-        )
-
-    @T.macro
     def take_q(request, at, t):
-        # Each warp two rows, of which a lane has 16 latent columns. All is loaded before any is used.
-        words = T.alloc_local((3 * _UNIT_WORDS,), "uint32")
+        # Each warp two rows.
         first_row = t.tx // 32 * 2
-        rope_row = first_row + at.lane // rope_steps % 2
-        rope_unit = latent_steps + at.lane % rope_steps
         for i in T.unroll(2):
-            load_columns(words, i, request, first_row + i, at.lane, t)
-        load_columns(words, 2, request, rope_row, rope_unit, t)
-        for i in T.unroll(2):
+            row = first_row + i
             factor = T.alloc_var(
                 accum,
                 init=T.call_extern(
                     accum,
                     "tilemla::store_latent",
-                    place_of(first_row + i, at.lane, at),
-                    T.address_of(words[i * _UNIT_WORDS]),
+                    place_of(row, at.lane, at),
+                    T.address_of(t.q[request, t.head, t.tile[0] + row, at.lane * K_STEP]),
+                    t.tile[0] + row < t.rows,
                 ),
             )
             if at.lane == 0:
-                t.q_factors[first_row + i] = factor
+                t.q_factors[row] = factor
         if at.lane < 2 * rope_steps:
+            row = first_row + at.lane // rope_steps
+            unit = latent_steps + at.lane % rope_steps
             T.call_extern(
                 "handle",
-                "tilemla::store_rope",
-                place_of(rope_row, rope_unit, at),
-                T.address_of(words[2 * _UNIT_WORDS]),
+                "tilemla::copy_columns",
+                place_of(row, unit, at),
+                T.address_of(t.q[request, t.head, t.tile[0] + row, unit * K_STEP]),
+                t.tile[0] + row < t.rows,
             )
         T.fence_proxy_async()
 
