@@ -15,13 +15,17 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_PIECES,
     NUM_STAGES,
     PIECES,
+    QUARTER,
+    TURN_PIECES,
     WARP,
     Roles,
     columns_of_pieces,
+    full_of_half,
     tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
     ATOM_BYTES,
+    HALF,
     SLICE,
     STAGE_COLUMNS,
     WARPGROUP,
@@ -175,6 +179,71 @@ def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, b
                 # The mask is there, too.
                 T.sync_warp()
                 arrive_warp(t.full, stage * NUM_PIECES + NUM_PIECES - 1, t.tx)
+                walk.step(place, index, cursor, first_row, t)
+                turn = next_turn(turn, NUM_STAGES)
+
+    return producer
+
+
+def make_turn_producer(head_dim_qk: int, walk: SimpleNamespace, blocks_of: Any) -> Any:
+    """Make the macro ``producer(t)`` for alternating warpgroups and a cache of the queries' dtype.
+
+    It makes 16-byte asynchronous copies. A row's 128 bytes of an atom are copied by eight lanes, so that a copy of a
+    warp is of four rows.
+    """
+    atoms, first_behind = QUARTER // SLICE, 2 * HALF // SLICE
+    atoms_behind = head_dim_qk // SLICE - first_behind
+    passes = tuple(range(tokens_of_warp(ALONE) // _TOKENS_PER_PASS))
+
+    @T.macro
+    def copy(atoms, atom, stage, first_row, rows, kv, t):
+        for k in passes:
+            T.call_extern(
+                "handle",
+                f"tilemla::gather_atoms<{atoms}>",
+                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
+                rows[k],
+                atom,
+                t.tx % _CHUNK * _CHUNK_BYTES,
+            )
+
+    @T.macro
+    def producer(t):
+        cursor = T.alloc_local((CURSOR_SIZE,), "int32")
+        index = T.alloc_local((2,), "int32")
+        place = T.alloc_local((1,), "int64")
+        rows = T.alloc_local((len(passes),), "int64")
+        turn = T.alloc_var("int32", init=0)
+        warp = t.tx % WARPGROUP // WARP
+        kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
+        first_row = first_row_of(ALONE, t)
+        walk.start(place, index, cursor, first_row, t)
+        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
+            bounds = blocks_of(request, t)
+            end = T.alloc_var("int32", init=bounds.end)
+            for _block in T.serial(bounds.begin, end):
+                stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
+                for k in passes:
+                    rows[k] = T.call_extern(
+                        "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
+                    )
+                valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
+                # The half first whose warpgroup makes the scores.
+                for i in T.unroll(TURN_PIECES - 1):
+                    piece = T.alloc_var("int32", init=T.bitwise_xor(i, stage * 2))
+                    T.barrier_wait(t.empty[stage * TURN_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
+                    copy(atoms, piece * atoms, stage, first_row, rows, kv, t)
+                    if i == 1:
+                        T.cp_async_barrier_noinc(t.full[full_of_half(stage, stage)])
+                T.barrier_wait(t.empty[stage * TURN_PIECES + TURN_PIECES - 1], phase_of(turn, NUM_STAGES) ^ 1)
+                if atoms_behind > 0:
+                    copy(atoms_behind, first_behind, stage, first_row, rows, kv, t)
+                T.cp_async_barrier_noinc(t.full[full_of_half(stage, 1 - stage)])
+                if t.tx % WARP == 0:
+                    t.valid[stage, warp] = T.bitwise_and(valid, 2 ** tokens_of_warp(ALONE) - 1)
+                # The mask is there, too.
+                T.sync_warp()
+                arrive_warp(t.full, full_of_half(stage, 1 - stage), t.tx)
                 walk.step(place, index, cursor, first_row, t)
                 turn = next_turn(turn, NUM_STAGES)
 

@@ -133,6 +133,27 @@ __device__ __forceinline__ void store_atoms(unsigned to, const unsigned *raw, un
   }
 }
 
+// What was written to shared memory before is there for wgmma and TMA.
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Where a thread of a warpgroup puts P with `store_p`: `first` is the address of the atom for it.
+__device__ __forceinline__ int place_of_p(unsigned first) {
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  return first + row * 128 + ((lane / 16) ^ (row % 8)) * 16;
+}
+
+// A warp's 16 rows of P from the registers in which wgmma takes them.
+__device__ __forceinline__ void store_p(unsigned place, const void *registers) {
+  const unsigned *p = static_cast<const unsigned *>(registers);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place ^ k * 32),
+                 "r"(p[k * 4]), "r"(p[k * 4 + 1]), "r"(p[k * 4 + 2]), "r"(p[k * 4 + 3])
+                 : "memory");
+  }
+}
+
 __device__ __forceinline__ int rank_in_cluster() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -4,7 +4,13 @@ from typing import Any
 
 import tilelang.language as T
 
-from tilemla.dsl.sm90.sparse_tile import OUTPUT_REGISTERS, QUARTER, Roles
+from tilemla.dsl.sm90.sparse_tile import (
+    OUTPUT_REGISTERS,
+    QUARTER,
+    TURN_PRODUCER_REGISTERS,
+    TURN_REGISTERS,
+    Roles,
+)
 from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, WARPGROUP
 
 
@@ -39,6 +45,32 @@ def make_roles(roles: Roles, score_warpgroup: Any, output_warpgroup: Any, produc
             output_warpgroup(right_first, right_second, HALF, RIGHT_BARRIER, t)
         else:
             T.set_max_nreg(roles.producer_registers, 0)
+            producer(t)
+
+    return play
+
+
+def make_turns(warpgroup: Any, producer: Any) -> Any:
+    """Make the macro ``play(t)`` of three warpgroups: two that take turns, and a producer.
+
+    Parameters
+    ----------
+    warpgroup : macro
+        Of `alternate.make_alternating_warpgroup`.
+    producer : macro
+        ``(t)``.
+    """
+
+    @T.macro
+    def play(t):
+        if t.tx < WARPGROUP:
+            T.set_max_nreg(TURN_REGISTERS, 1)
+            warpgroup(0, t)
+        elif t.tx < 2 * WARPGROUP:
+            T.set_max_nreg(TURN_REGISTERS, 1)
+            warpgroup(1, t)
+        else:
+            T.set_max_nreg(TURN_PRODUCER_REGISTERS, 0)
             producer(t)
 
     return play

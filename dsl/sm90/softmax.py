@@ -24,6 +24,44 @@ def is_in_one_part(request, t) -> Any:
     return T.Not(is_split(t.part, request))
 
 
+def make_advance(*, keeps_max: bool = False) -> Any:
+    """Make the macro ``advance(scores, running_max, row_sum, alpha, t)``: the step on a thread's maxima and sums.
+
+    ``alpha`` gets what accumulators are to be multiplied by.
+
+    Parameters
+    ----------
+    keeps_max : bool
+        Whether ``t.true_max`` gets the largest scaled score of each of a thread's rows: the running maximum is lazy.
+    """
+    accum = "float32"
+
+    @T.macro
+    def advance(scores, running_max, row_sum, alpha, t):
+        block_max = T.alloc_local((4,), accum)
+        # Two chains a row: one is bound by its latency.
+        for chain in T.unroll(4):
+            block_max[chain] = T.max(scores[chain * 2], scores[chain * 2 + 1])
+        for e in T.unroll(SCORES - 8):
+            block_max[e % 8 // 2] = T.max(block_max[e % 8 // 2], scores[8 + e])
+        for half in T.unroll(2):
+            block_max[half] = T.max(block_max[half], block_max[half + 2])
+        for half in T.unroll(2):
+            block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 1))
+        for half in T.unroll(2):
+            block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 2))
+        if keeps_max:
+            for half in T.unroll(2):
+                t.true_max[half] = T.max(t.true_max[half], block_max[half] * t.softmax_scale_log2)
+        for half in T.unroll(2):
+            block_max[half] = advance_max(running_max[half], block_max[half] * t.softmax_scale_log2)
+            alpha[half] = rescale_factor(running_max[half], block_max[half])
+            running_max[half] = block_max[half]
+            row_sum[half] = row_sum[half] * alpha[half]
+
+    return advance
+
+
 def make_softmax(
     head_dim_v: int,
     *,
@@ -48,34 +86,16 @@ def make_softmax(
     is_whole : callable
         Of request and t: whether its result is the final one. Others leave the sink to the combine kernel.
     keeps_max : bool
-        Whether ``t.true_max`` gets the largest scaled score of each of a thread's rows: the running maximum is lazy.
+        See `make_advance`.
     """
     accum = "float32"
+    advance = make_advance(keeps_max=keeps_max)
 
     @T.macro
     def soften(scores, running_max, row_sum, block, stage, row, column, t):
         # Scores to P in the stage's columns behind V, with the step on maximum and sum, and alpha for the accumulators.
-        block_max = T.alloc_local((4,), accum)
         alpha = T.alloc_local((2,), accum)
-        # Two chains a row: one is bound by its latency.
-        for chain in T.unroll(4):
-            block_max[chain] = T.max(scores[chain * 2], scores[chain * 2 + 1])
-        for e in T.unroll(SCORES - 8):
-            block_max[e % 8 // 2] = T.max(block_max[e % 8 // 2], scores[8 + e])
-        for half in T.unroll(2):
-            block_max[half] = T.max(block_max[half], block_max[half + 2])
-        for half in T.unroll(2):
-            block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 1))
-        for half in T.unroll(2):
-            block_max[half] = T.max(block_max[half], T.shfl_xor(block_max[half], 2))
-        if keeps_max:
-            for half in T.unroll(2):
-                t.true_max[half] = T.max(t.true_max[half], block_max[half] * t.softmax_scale_log2)
-        for half in T.unroll(2):
-            block_max[half] = advance_max(running_max[half], block_max[half] * t.softmax_scale_log2)
-            alpha[half] = rescale_factor(running_max[half], block_max[half])
-            running_max[half] = block_max[half]
-            row_sum[half] = row_sum[half] * alpha[half]
+        advance(scores, running_max, row_sum, alpha, t)
         if t.tx % 4 == 0:
             for half in T.unroll(2):
                 t.alpha[alpha_slot(block, stage), row + half * 8] = alpha[half]

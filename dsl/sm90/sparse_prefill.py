@@ -1,7 +1,8 @@
 """Sparse MLA prefill for sm_90a: every query attends to tokens of its own, gathered by index.
 
-The warpgroups are those of sparse decode (`sparse_decode`); a request is a query here. A CTA takes a run of queries for
-one tile of 64 heads: the next query's tokens are on their way while a tile is written.
+Three warpgroups: two that take turns at the scores, of which each has half of the output columns (`alternate`), and one
+that gathers the tokens (`gather`); a request is a query here. A CTA takes a run of queries for one tile of 64 heads:
+the next query's tokens are on their way while a tile is written.
 """
 
 from types import SimpleNamespace
@@ -11,24 +12,20 @@ import tilelang.language as T
 from tilemla.dsl.attention import LN_2, final_lse
 from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, count_blocks
+from tilemla.dsl.sm90.alternate import SUMS, make_alternating_warpgroup
 from tilemla.dsl.sm90.decode import PASS_CONFIG
-from tilemla.dsl.sm90.gather import BLOCK, LENGTH, REQUEST, make_dense_producer, make_walk
+from tilemla.dsl.sm90.gather import BLOCK, LENGTH, REQUEST, make_turn_producer, make_walk
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
-from tilemla.dsl.sm90.roles import make_roles
-from tilemla.dsl.sm90.softmax import make_softmax
-from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
-from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
+from tilemla.dsl.sm90.roles import make_turns
 from tilemla.dsl.sm90.sparse_tile import (
-    ALONE,
+    EMPTY_ARRIVALS_OF_TURNS,
+    FULL_ARRIVALS_OF_TURNS,
     NUM_STAGES,
-    NUM_THREADS,
+    NUM_TURN_THREADS,
     NUM_WARPS,
-    QUARTER,
-    empty_arrivals,
-    roles_of,
 )
-from tilemla.dsl.sm90.tile import NOT_UNROLLED, ROWS, STAGE_COLUMNS, WARPGROUP
-from tilemla.dsl.sm90.way_out import make_way_out
+from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, STAGE_COLUMNS
+from tilemla.dsl.sm90.way_out import make_turn_way_out
 
 # Queries of a CTA. With fewer CTAs than that many for each of the SMs of an H100 the last ones would be waited for.
 LONGEST_RUN = 4
@@ -50,8 +47,6 @@ def make_sparse_prefill_program(spec) -> Program:
     """
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
-    roles = roles_of("dense")
-    full_arrivals = roles.full_arrivals
     s_q, h_q, s_kv, topk, len_sink = T.dynamic("s_q, h_q, s_kv, topk, len_sink")
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")
 
@@ -62,6 +57,9 @@ def make_sparse_prefill_program(spec) -> Program:
 
     def q_tile(query, t):
         return t.q[query, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
+
+    def out_tile(query, column, t):
+        return t.out[query, t.tile[0] : t.tile[0] + ROWS, column : column + HALF]
 
     @T.macro
     def read_index(index, cursor, token, t):
@@ -81,46 +79,29 @@ def make_sparse_prefill_program(spec) -> Program:
         t.max_logits[query, row] = t.true_max[half] * LN_2
 
     @T.macro
-    def write_tile(acc, query, stage, column, barrier_id, t):
-        row0 = T.alloc_var("int32", init=t.tile[0])
-        T.copy(acc, t.kv[stage, :, column : column + QUARTER])
-        T.fence_proxy_async()
-        T.sync_threads(barrier_id, WARPGROUP)
-        if t.tx % WARPGROUP < 32:
-            T.tma_copy(
-                t.kv[stage, :, column : column + QUARTER],
-                t.out[query, row0 : row0 + ROWS, column : column + QUARTER],
-                leader_scope_threads=32,
-            )
-            T.tma_store_wait(0)
-        T.sync_threads(barrier_id, WARPGROUP)
-
-    @T.macro
     def write_empty(query, column, t):
         row0 = T.alloc_var("int32", init=t.tile[0])
         end_row = T.alloc_var("int32", init=T.min(row0 + ROWS, t.rows))
         for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
-            for j in T.Parallel(QUARTER):
+            for j in T.Parallel(HALF):
                 t.out[query, row, column + j] = 0
 
-    softmax = make_softmax(
+    way_out = SimpleNamespace(write_tile=make_turn_way_out(out_tile).store_tile, write_empty=write_empty)
+    warpgroup = make_alternating_warpgroup(
+        dtype,
+        head_dim_qk,
         head_dim_v,
-        alpha_slot=lambda _block, stage: stage,
-        inverse_sum_index=lambda stage, row: stage * ROWS + row,
-        read_sink=lambda row, t: t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)],
+        blocks_of,
+        way_out,
         is_whole=lambda _query, _t: True,
+        read_sink=lambda row, t: t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)],
+        write_sums=write_sums,
         keeps_max=True,
+        launches=False,
     )
-    way_out = SimpleNamespace(
-        scale_rows=make_way_out(QUARTER).scale_rows, write_tile=write_tile, write_empty=write_empty
-    )
-    score_warpgroup = make_score_warpgroup(
-        dtype, head_dim_qk, roles, softmax, blocks_of, write_sums, keeps_max=True, launches=False
-    )
-    output_warpgroup = make_output_warpgroup(head_dim_v, way_out, blocks_of)
-    producer = make_dense_producer(head_dim_qk, roles, make_walk(blocks_of, read_index, address), blocks_of)
+    producer = make_turn_producer(head_dim_qk, make_walk(blocks_of, read_index, address), blocks_of)
 
-    play = make_roles(roles, score_warpgroup, output_warpgroup, producer)
+    play = make_turns(warpgroup, producer)
 
     head_tiles = T.ceildiv(h_q, ROWS)
     run = T.max(T.min(s_q * head_tiles // CTAS_PER_RUN, LONGEST_RUN), 1)
@@ -139,15 +120,18 @@ def make_sparse_prefill_program(spec) -> Program:
         has_sink: T.int32,
     ):
         # Tiles of a query lie side by side: they read the same tokens.
-        with T.Kernel(head_tiles * T.ceildiv(s_q, run), threads=NUM_THREADS, prelude=GATHER_SOURCE) as run_and_tile:
+        with T.Kernel(
+            head_tiles * T.ceildiv(s_q, run), threads=NUM_TURN_THREADS, prelude=GATHER_SOURCE
+        ) as run_and_tile:
             kv_shared = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
-            alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
-            inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
+            maxima = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")  # running, after a block
+            sums = T.alloc_shared((SUMS,), accum, scope="shared")
+            tops = T.alloc_shared((SUMS,), accum, scope="shared")  # the same of largest scores
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, first query and last
-            full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
+            full = T.alloc_barrier(FULL_ARRIVALS_OF_TURNS)  # a piece of a block is there
             empty = T.alloc_barrier(
-                empty_arrivals(ALONE)
+                EMPTY_ARRIVALS_OF_TURNS
             )  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
@@ -176,8 +160,9 @@ def make_sparse_prefill_program(spec) -> Program:
                 attn_sink=attn_sink,
                 has_sink=has_sink,
                 kv=kv_shared,
-                alpha=alpha,
-                inverse_sum=inverse_sums,
+                maxima=maxima,
+                sums=sums,
+                tops=tops,
                 true_max=true_max,
                 valid=valid,
                 tile=tile,

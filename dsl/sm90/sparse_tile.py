@@ -1,7 +1,8 @@
 """Sizes of the sparse kernels' tile, the ring of their stages, and a request's blocks.
 
 Four warpgroups: scores, left half of the output, right half, and a producer that gathers the tokens of a block one by
-one. Q stays where it is for a whole request, in a stage of its own; two more are a ring of blocks.
+one. Or three, of which two take turns at the scores (`alternate`). Q stays where it is for a whole request, in a stage
+of its own; two more are a ring of blocks.
 """
 
 import dataclasses
@@ -70,6 +71,24 @@ class Roles:
         if self.copies_arrive:
             return ([WARPGROUP] * (NUM_PIECES - 1) + [WARPGROUP + NUM_WARPS]) * NUM_STAGES
         return [NUM_WARPS] * NUM_PIECES * NUM_STAGES
+
+
+# Alternating warpgroups, of which each makes the scores of the blocks in its own stage and has half of the output
+# columns, take five pieces: quarters of V, and what is behind them, the rope part and then P. The quarters of its own
+# columns are free when a warpgroup has multiplied with its P, the others once the other one has, with P from there.
+TURN_PIECES = len(PIECES) + 1
+# Two barriers say that they are there, of the halves of the output columns: the one of the warpgroup that makes the
+# scores first, then the other one together with the last piece. The asynchronous copies of each thread arrive, and with
+# the last piece each warp of the producer, whose word of the mask is there, too.
+FULL_ARRIVALS_OF_TURNS = [WARPGROUP, WARPGROUP + NUM_WARPS, WARPGROUP + NUM_WARPS, WARPGROUP]
+EMPTY_ARRIVALS_OF_TURNS = [NUM_WARPS] * TURN_PIECES * NUM_STAGES
+TURN_REGISTERS, TURN_PRODUCER_REGISTERS = 216, 72
+NUM_TURN_THREADS = 3 * WARPGROUP
+
+
+def full_of_half(stage, half) -> Any:
+    """Which of the barriers says that a half is there, in a stage of alternating warpgroups."""
+    return stage * 2 + half
 
 
 def empty_arrivals(blocks: int) -> list[int]:

@@ -1,6 +1,8 @@
-"""How an output tile leaves an output warpgroup: normalised, to its place or to that of a partial result."""
+"""How an output tile leaves a warpgroup: normalised, to its place or to that of a partial result."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import tilelang.language as T
 
@@ -64,3 +66,49 @@ def make_way_out(width: int = HALF) -> SimpleNamespace:
                     t.out[request, head, row, column + j] = 0
 
     return SimpleNamespace(scale_rows=scale_rows, write_tile=write_tile, write_empty=write_empty)
+
+
+def make_turn_way_out(out_tile: Callable[[Any, Any, Any], Any]) -> SimpleNamespace:
+    """Make the macros ``store_tile`` and ``store_partial`` for accumulators of which each thread holds its elements.
+
+    These are groups of eight columns, of each two neighbouring ones from ``column`` on, of row ``row`` and then of row
+    ``row + 8``; ``first_column`` is the warpgroup's first one.
+
+    Parameters
+    ----------
+    out_tile : callable
+        Of request, first column and t: where the tile of a warpgroup goes, (64, 256).
+    """
+
+    @T.macro
+    def store_tile(acc, request, stage, first_column, row, column, barrier_id, t):
+        # The last block has been read: its stage carries the tile to the TMA store before it is loaded again.
+        for pair in T.unroll(HALF // 4):
+            for v in T.vectorized(2):
+                t.kv[stage, row + pair % 2 * 8, first_column + pair // 2 * 8 + column + v] = acc[pair * 2 + v]
+        T.fence_proxy_async()
+        T.sync_threads(barrier_id, WARPGROUP)
+        if t.tx % WARPGROUP < 32:
+            T.tma_copy(
+                t.kv[stage, :, first_column : first_column + HALF],
+                out_tile(request, first_column, t),
+                leader_scope_threads=32,
+            )
+            T.tma_store_wait(0)
+        T.sync_threads(barrier_id, WARPGROUP)
+
+    @T.macro
+    def store_partial(acc, request, first_column, row, column, t):
+        row0 = T.alloc_var("int32", init=t.tile[0] + row)
+        head = T.alloc_var("int32", init=t.tile[1])
+        slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+        for half in T.unroll(2):
+            if row0 + half * 8 < t.rows:
+                for group in T.unroll(HALF // 8):
+                    for v in T.vectorized(2):
+                        t.out_accum[slot, head, row0 + half * 8, first_column + group * 8 + column + v] = acc[
+                            group * 4 + half * 2 + v
+                        ]
+        T.sync_warp()
+
+    return SimpleNamespace(store_tile=store_tile, store_partial=store_partial)
