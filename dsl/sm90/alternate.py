@@ -1,4 +1,4 @@
-"""A warpgroup of the sparse kernels over 16-bit caches: scores of every second block, half of the output columns.
+"""A warpgroup of sparse prefill: scores of every second block, half of the output columns.
 
 Two such warpgroups take turns. Each multiplies Q with the blocks of its own stage, takes their softmax, hands P over to
 the other one and multiplies with it from registers; with the P of the other one's blocks it multiplies from shared
@@ -50,7 +50,7 @@ from tilemla.dsl.sm90.tile import (
 )
 
 BOTH_BARRIER = 3  # the named barrier of both warpgroups; each has one of its own, too
-SUMS = 4 * ROWS  # rows' sums that the warpgroups exchange: each one's, of a request and of the next one
+SUMS = 4 * ROWS  # rows' sums that the warpgroups exchange: each one's, of a query and of the next one
 _OPERANDS = {"bfloat16": "bf16", "float16": "fp16"}
 _STEPS_PER_ATOM = SLICE // K_STEP
 _STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
@@ -72,11 +72,8 @@ def make_alternating_warpgroup(
     blocks_of: Any,
     way_out: Any,
     *,
-    is_whole: Any,
     read_sink: Any,
     write_sums: Any,
-    keeps_max: bool = False,
-    launches: bool = True,
 ) -> Any:
     """Make the macro ``warpgroup(own, t)``.
 
@@ -94,21 +91,15 @@ def make_alternating_warpgroup(
     way_out : SimpleNamespace
         Macros ``write_tile(acc, request, stage, first_column, row, column, barrier_id, t)``, whose stage is that of the
         request's last block, and ``write_empty(request, first_column, t)``.
-    is_whole : callable
-        Of request and t: whether its result is the final one. Others leave the sink to the combine kernel.
     read_sink : callable
         Of a row of the tile and t: the attention sink of the row's head.
     write_sums : macro
         ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
-    keeps_max : bool
-        See `make_advance`.
-    launches : bool
-        Whether a combine kernel follows, which may be launched once a thread block has its queries.
     """
     operand, accum = _OPERANDS[dtype], "float32"
     half_steps, behind = HALF // K_STEP, (head_dim_qk - 2 * HALF) // K_STEP
     all_tokens = 2 ** tokens_of_warp(ALONE) - 1
-    advance = make_advance(keeps_max=keeps_max)
+    advance = make_advance(keeps_max=True)
 
     def step_of(half, i):
         # K step i of a half; the last ones of either are those behind V
@@ -294,14 +285,7 @@ def make_alternating_warpgroup(
             arrive_warp(t.q_full, 0, t.tx)
 
     @T.macro
-    def await_q(q_phase, t):
-        T.barrier_wait(t.q_full[0], q_phase)
-        if launches:
-            # Not earlier, as in `score`: half a microsecond of every call with a cut request on an H100.
-            T.pdl_trigger()
-
-    @T.macro
-    def settle(request, running_max, row_sum, factors, slot, own, row, t):
+    def settle(running_max, row_sum, factors, slot, own, row, t):
         # The sums of both warpgroups, and what the outputs are multiplied by.
         for half in T.unroll(2):
             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
@@ -309,19 +293,16 @@ def make_alternating_warpgroup(
         if t.tx % 4 == 0:
             for half in T.unroll(2):
                 t.sums[(slot * 2 + own) * ROWS + row + half * 8] = row_sum[half]
-                if keeps_max:
-                    t.tops[(slot * 2 + own) * ROWS + row + half * 8] = t.true_max[half]
+                t.tops[(slot * 2 + own) * ROWS + row + half * 8] = t.true_max[half]
         T.sync_threads(BOTH_BARRIER, 2 * WARPGROUP)
         for half in T.unroll(2):
             row_sum[half] = row_sum[half] + t.sums[(slot * 2 + 1 - own) * ROWS + row + half * 8]
-            if keeps_max:
-                t.true_max[half] = T.max(t.true_max[half], t.tops[(slot * 2 + 1 - own) * ROWS + row + half * 8])
+            t.true_max[half] = T.max(t.true_max[half], t.tops[(slot * 2 + 1 - own) * ROWS + row + half * 8])
             factors[half] = 0
         if t.has_sink != 0:
-            if is_whole(request, t):
-                for half in T.unroll(2):
-                    sink = read_sink(row + half * 8, t)
-                    factors[half] = sink_share(running_max[half], sink)
+            for half in T.unroll(2):
+                sink = read_sink(row + half * 8, t)
+                factors[half] = sink_share(running_max[half], sink)
         for half in T.unroll(2):
             factors[half] = inverse_sum(row_sum[half], factors[half])
 
@@ -363,12 +344,11 @@ def make_alternating_warpgroup(
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
                 running_max[half] = RUNNING_MAX_START
-                if keeps_max:
-                    t.true_max[half] = -T.infinity(accum)
+                t.true_max[half] = -T.infinity(accum)
                 row_sum[half] = 0
             if begin >= end:
                 # Nothing is multiplied with this Q.
-                await_q(q_phase, t)
+                T.barrier_wait(t.q_full[0], q_phase)
                 T.sync_threads(BOTH_BARRIER, 2 * WARPGROUP)
                 if own == 0:
                     if request < t.part.end_request_inclusive:
@@ -385,7 +365,7 @@ def make_alternating_warpgroup(
                 for pair in T.serial(T.shift_right(end - first + 1, 1)):
                     block = T.alloc_var("int32", init=first + pair * 2)
                     if pair == 0:
-                        await_q(q_phase, t)
+                        T.barrier_wait(t.q_full[0], q_phase)
                     multiply_half(scores, own, phase, own, keys, t)
                     if block > begin:
                         follow(acc, running_max, row_sum, other_phase, own, keys, values, row, t)
@@ -421,7 +401,7 @@ def make_alternating_warpgroup(
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(acc, 0, _OUTPUTS)
                     other_phase = other_phase ^ 1
-                settle(request, running_max, row_sum, factors, slot, own, row, t)
+                settle(running_max, row_sum, factors, slot, own, row, t)
                 scale(acc, factors)
                 way_out.write_tile(acc, request, stage, own * HALF, row, column, own + 1, t)
                 free_first(stage, own, t)

@@ -68,8 +68,6 @@ def make_softmax(
     alpha_slot: Callable[[Any, Any], Any],
     inverse_sum_index: Callable[[Any, Any], Any],
     read_sink: Callable[[Any, Any], Any],
-    is_whole: Callable[[Any, Any], Any] = is_in_one_part,
-    keeps_max: bool = False,
 ) -> SimpleNamespace:
     """Make the macros ``soften``, ``normalise`` and ``write_lse``.
 
@@ -83,13 +81,9 @@ def make_softmax(
         Of stage and row: where in ``t.inverse_sum`` a row's factor goes.
     read_sink : callable
         Of a row of the tile and t: the attention sink of the row's head.
-    is_whole : callable
-        Of request and t: whether its result is the final one. Others leave the sink to the combine kernel.
-    keeps_max : bool
-        See `make_advance`.
     """
     accum = "float32"
-    advance = make_advance(keeps_max=keeps_max)
+    advance = make_advance()
 
     @T.macro
     def soften(scores, running_max, row_sum, block, stage, row, column, t):
@@ -116,7 +110,7 @@ def make_softmax(
             share[half] = 0
         if t.has_sink != 0:
             # A piece of a split request leaves the sink to the combine kernel.
-            if is_whole(request, t):
+            if is_in_one_part(request, t):
                 for half in T.unroll(2):
                     sink = read_sink(row + half * 8, t)
                     share[half] = sink_share(running_max[half], sink)

@@ -25,7 +25,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_WARPS,
 )
 from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, STAGE_COLUMNS
-from tilemla.dsl.sm90.way_out import make_turn_way_out
+from tilemla.dsl.sm90.way_out import make_store_tile
 
 # Queries of a CTA. With fewer CTAs than that many for each of the SMs of an H100 the last ones would be waited for.
 LONGEST_RUN = 4
@@ -86,18 +86,15 @@ def make_sparse_prefill_program(spec) -> Program:
             for j in T.Parallel(HALF):
                 t.out[query, row, column + j] = 0
 
-    way_out = SimpleNamespace(write_tile=make_turn_way_out(out_tile).store_tile, write_empty=write_empty)
+    way_out = SimpleNamespace(write_tile=make_store_tile(out_tile), write_empty=write_empty)
     warpgroup = make_alternating_warpgroup(
         dtype,
         head_dim_qk,
         head_dim_v,
         blocks_of,
         way_out,
-        is_whole=lambda _query, _t: True,
         read_sink=lambda row, t: t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)],
         write_sums=write_sums,
-        keeps_max=True,
-        launches=False,
     )
     producer = make_turn_producer(head_dim_qk, make_walk(blocks_of, read_index, address), blocks_of)
 

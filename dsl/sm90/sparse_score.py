@@ -53,8 +53,6 @@ def make_score_warpgroup(
     *,
     mask: Any = None,
     blocks: int = ALONE,
-    keeps_max: bool = False,
-    launches: bool = True,
 ) -> Any:
     """Make the macro ``score_warpgroup(t)``; see ``score`` for the elements that a thread holds.
 
@@ -77,10 +75,6 @@ def make_score_warpgroup(
         say it that the producer's warps write beside a block: bits for its tokens.
     blocks : int
         Thread blocks that gather the tokens of a block, each warp of which writes a word of the mask.
-    keeps_max : bool
-        See `make_softmax`.
-    launches : bool
-        Whether a combine kernel follows, which may be launched once a thread block has its queries.
     """
     num_words = NUM_WARPS * blocks
     fours = tuple(range(0, num_words, 4))
@@ -208,14 +202,11 @@ def make_score_warpgroup(
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
                 running_max[half] = RUNNING_MAX_START
-                if keeps_max:
-                    t.true_max[half] = -T.infinity(accum)
                 row_sum[half] = 0
             T.barrier_wait(t.q_full[0], q_phase)
             q_phase = q_phase ^ 1
-            if launches:
-                # Not earlier, as in `score`: half a microsecond of every call with a cut request on an H100.
-                T.pdl_trigger()
+            # Not earlier, as in `score`: half a microsecond of every call with a cut request on an H100.
+            T.pdl_trigger()
             if q_steps > 0:
                 take_q(q_registers, row, column, t)
             if begin >= end:

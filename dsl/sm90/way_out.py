@@ -68,8 +68,8 @@ def make_way_out(width: int = HALF) -> SimpleNamespace:
     return SimpleNamespace(scale_rows=scale_rows, write_tile=write_tile, write_empty=write_empty)
 
 
-def make_turn_way_out(out_tile: Callable[[Any, Any, Any], Any]) -> SimpleNamespace:
-    """Make the macros ``store_tile`` and ``store_partial`` for accumulators of which each thread holds its elements.
+def make_store_tile(out_tile: Callable[[Any, Any, Any], Any]) -> Any:
+    """Make the macro ``store_tile`` for accumulators of which each thread holds its elements.
 
     These are groups of eight columns, of each two neighbouring ones from ``column`` on, of row ``row`` and then of row
     ``row + 8``; ``first_column`` is the warpgroup's first one.
@@ -97,18 +97,4 @@ def make_turn_way_out(out_tile: Callable[[Any, Any, Any], Any]) -> SimpleNamespa
             T.tma_store_wait(0)
         T.sync_threads(barrier_id, WARPGROUP)
 
-    @T.macro
-    def store_partial(acc, request, first_column, row, column, t):
-        row0 = T.alloc_var("int32", init=t.tile[0] + row)
-        head = T.alloc_var("int32", init=t.tile[1])
-        slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-        for half in T.unroll(2):
-            if row0 + half * 8 < t.rows:
-                for group in T.unroll(HALF // 8):
-                    for v in T.vectorized(2):
-                        t.out_accum[slot, head, row0 + half * 8, first_column + group * 8 + column + v] = acc[
-                            group * 4 + half * 2 + v
-                        ]
-        T.sync_warp()
-
-    return SimpleNamespace(store_tile=store_tile, store_partial=store_partial)
+    return store_tile
