@@ -29,11 +29,14 @@ from tilemla.dsl.sm90.softmax import make_advance
 from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
     NUM_WARPS,
+    OPERANDS,
     Q_STAGE,
     QUARTER,
+    STAGE_BYTES,
     TURN_PIECES,
     WARP,
     full_of_half,
+    k_step_offset,
     tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
@@ -44,25 +47,15 @@ from tilemla.dsl.sm90.tile import (
     ROWS,
     SCORES,
     SLICE,
-    STAGE_COLUMNS,
     WARPGROUP,
     arrive_warp,
 )
 
 BOTH_BARRIER = 3  # the named barrier of both warpgroups; each has one of its own, too
 SUMS = 4 * ROWS  # rows' sums that the warpgroups exchange: each one's, of a query and of the next one
-_OPERANDS = {"bfloat16": "bf16", "float16": "fp16"}
-_STEPS_PER_ATOM = SLICE // K_STEP
-_STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
 _PV_STEPS = BLOCK_N // K_STEP
 _OUTPUTS = HALF // 2  # elements of the output that a thread holds, those of each accumulator side by side
 _QUARTER_OUTPUTS = QUARTER // 2
-
-
-def _offset(k_step, stage) -> Any:
-    """Of a K step of Q or of a stage, in the 16-byte units of a wgmma descriptor."""
-    within = k_step // _STEPS_PER_ATOM * ATOM_BYTES + k_step % _STEPS_PER_ATOM * K_STEP * 2
-    return stage * (_STAGE_BYTES >> 4) + (within >> 4)
 
 
 def make_alternating_warpgroup(
@@ -96,7 +89,7 @@ def make_alternating_warpgroup(
     write_sums : macro
         ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
     """
-    operand, accum = _OPERANDS[dtype], "float32"
+    operand, accum = OPERANDS[dtype], "float32"
     half_steps, behind = HALF // K_STEP, (head_dim_qk - 2 * HALF) // K_STEP
     all_tokens = 2 ** tokens_of_warp(ALONE) - 1
     advance = make_advance(keeps_max=True)
@@ -119,9 +112,9 @@ def make_alternating_warpgroup(
                 operand,
                 "fp32",
                 keys.data,
-                _offset(step_of(half, i), Q_STAGE),
+                k_step_offset(step_of(half, i), Q_STAGE),
                 keys.data,
-                _offset(step_of(half, i), own),
+                k_step_offset(step_of(half, i), own),
                 scores.data,
                 0,
                 1 if half != own else T.Select(i != 0, 1, 0),
@@ -142,7 +135,7 @@ def make_alternating_warpgroup(
     def values_of(stage, half, quarter, k):
         # of 16 tokens of a stage, as `_offset`: the columns of an accumulator
         first_atom = (half * HALF + quarter * QUARTER) // SLICE
-        return (stage * _STAGE_BYTES + first_atom * ATOM_BYTES >> 4) + k * (K_STEP * SLICE * 2 >> 4)
+        return (stage * STAGE_BYTES + first_atom * ATOM_BYTES >> 4) + k * (K_STEP * SLICE * 2 >> 4)
 
     @T.macro
     def multiply_own(acc, p, quarter, own, values):
@@ -186,7 +179,7 @@ def make_alternating_warpgroup(
                 operand,
                 "fp32",
                 keys.data,
-                _offset(head_dim_v // K_STEP, 1 - own) + k * (K_STEP * 2 >> 4),
+                k_step_offset(head_dim_v // K_STEP, 1 - own) + k * (K_STEP * 2 >> 4),
                 values.data,
                 values_of(1 - own, own, quarter, k),
                 acc.data,

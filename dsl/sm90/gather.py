@@ -47,6 +47,8 @@ _TOKENS_PER_PASS = WARP // _CHUNK  # that a warp copies 128 bytes of at once, an
 REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(6)
 CURSOR_SIZE = 6
 
+_PASSES = tuple(range(tokens_of_warp(ALONE) // _TOKENS_PER_PASS))  # of a block's copies
+
 _GROUP = 8  # tokens that a warp converts two atoms of at once
 _PIECES_LOADED = {1: 1, 2: 4}  # to registers before their stage is free, by the thread blocks that share a block
 
@@ -134,85 +136,78 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE
 
 
 def make_dense_producer(head_dim_qk: int, roles: Roles, walk: SimpleNamespace, blocks_of: Any) -> Any:
-    """Make the macro ``producer(t)`` for a cache of the queries' dtype: 16-byte asynchronous copies.
-
-    A row's 128 bytes of an atom are copied by eight lanes, so that a copy of a warp is of four rows.
-    """
+    """Make the macro ``producer(t)`` for a cache of the queries' dtype."""
     pieces = [(i, first // SLICE, width // SLICE) for i, first, width in columns_of_pieces(head_dim_qk, roles)]
-    passes = tuple(range(tokens_of_warp(ALONE) // _TOKENS_PER_PASS))
 
     @T.macro
-    def producer(t):
-        cursor = T.alloc_local((CURSOR_SIZE,), "int32")
-        index = T.alloc_local((2,), "int32")
-        place = T.alloc_local((1,), "int64")
-        rows = T.alloc_local((len(passes),), "int64")
-        turn = T.alloc_var("int32", init=0)
-        warp = t.tx % WARPGROUP // WARP
-        kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
-        first_row = first_row_of(ALONE, t)
-        walk.start(place, index, cursor, first_row, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = blocks_of(request, t)
-            end = T.alloc_var("int32", init=bounds.end)
-            for _block in T.serial(bounds.begin, end):
-                stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
-                for k in passes:
-                    rows[k] = T.call_extern(
-                        "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
-                    )
-                valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
-                for piece, atom, atoms in pieces:
-                    T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
-                    for k in passes:
-                        T.call_extern(
-                            "handle",
-                            f"tilemla::gather_atoms<{atoms}>",
-                            _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
-                            rows[k],
-                            atom,
-                            t.tx % _CHUNK * _CHUNK_BYTES,
-                        )
-                    T.cp_async_barrier_noinc(t.full[stage * NUM_PIECES + piece])
-                if t.tx % WARP == 0:
-                    t.valid[stage, warp] = T.bitwise_and(valid, 2 ** tokens_of_warp(ALONE) - 1)
-                # The mask is there, too.
-                T.sync_warp()
-                arrive_warp(t.full, stage * NUM_PIECES + NUM_PIECES - 1, t.tx)
-                walk.step(place, index, cursor, first_row, t)
-                turn = next_turn(turn, NUM_STAGES)
+    def copy_block(stage, turn, first_row, rows, kv, t):
+        for piece, atom, atoms in pieces:
+            T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
+            _copy_atoms(atoms, atom, stage, first_row, rows, kv, t)
+            T.cp_async_barrier_noinc(t.full[stage * NUM_PIECES + piece])
 
-    return producer
+    return _make_copying_producer(walk, blocks_of, copy_block, lambda stage: stage * NUM_PIECES + NUM_PIECES - 1)
 
 
 def make_turn_producer(head_dim_qk: int, walk: SimpleNamespace, blocks_of: Any) -> Any:
-    """Make the macro ``producer(t)`` for alternating warpgroups and a cache of the queries' dtype.
-
-    It makes 16-byte asynchronous copies. A row's 128 bytes of an atom are copied by eight lanes, so that a copy of a
-    warp is of four rows.
-    """
+    """Make the macro ``producer(t)`` for alternating warpgroups and a cache of the queries' dtype."""
     atoms, first_behind = QUARTER // SLICE, 2 * HALF // SLICE
     atoms_behind = head_dim_qk // SLICE - first_behind
-    passes = tuple(range(tokens_of_warp(ALONE) // _TOKENS_PER_PASS))
 
     @T.macro
-    def copy(atoms, atom, stage, first_row, rows, kv, t):
-        for k in passes:
-            T.call_extern(
-                "handle",
-                f"tilemla::gather_atoms<{atoms}>",
-                _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
-                rows[k],
-                atom,
-                t.tx % _CHUNK * _CHUNK_BYTES,
-            )
+    def copy_block(stage, turn, first_row, rows, kv, t):
+        # The half first whose warpgroup makes the scores.
+        for i in T.unroll(TURN_PIECES - 1):
+            piece = T.alloc_var("int32", init=T.bitwise_xor(i, stage * 2))
+            T.barrier_wait(t.empty[stage * TURN_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
+            _copy_atoms(atoms, piece * atoms, stage, first_row, rows, kv, t)
+            if i == 1:
+                T.cp_async_barrier_noinc(t.full[full_of_half(stage, stage)])
+        T.barrier_wait(t.empty[stage * TURN_PIECES + TURN_PIECES - 1], phase_of(turn, NUM_STAGES) ^ 1)
+        if atoms_behind > 0:
+            _copy_atoms(atoms_behind, first_behind, stage, first_row, rows, kv, t)
+        T.cp_async_barrier_noinc(t.full[full_of_half(stage, 1 - stage)])
+
+    return _make_copying_producer(walk, blocks_of, copy_block, lambda stage: full_of_half(stage, 1 - stage))
+
+
+@T.macro
+def _copy_atoms(atoms, atom, stage, first_row, rows, kv, t) -> None:
+    # Of a warp's tokens, asynchronously, 16 bytes at a time: eight lanes copy a row's 128 bytes of an atom, so that a
+    # copy of a warp is of four rows.
+    for k in _PASSES:
+        T.call_extern(
+            "handle",
+            f"tilemla::gather_atoms<{atoms}>",
+            _to(stage, first_row, k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK, t.tx % _CHUNK, kv),
+            rows[k],
+            atom,
+            t.tx % _CHUNK * _CHUNK_BYTES,
+        )
+
+
+def _make_copying_producer(walk: SimpleNamespace, blocks_of: Any, copy_block: Any, last_full: Any) -> Any:
+    """Make the macro ``producer(t)`` that copies tokens as they are.
+
+    Parameters
+    ----------
+    walk : SimpleNamespace
+        Of `make_walk`.
+    blocks_of : callable
+        Of request and t: first block, and one past the last.
+    copy_block : macro
+        ``(stage, turn, first_row, rows, kv, t)``: copy the tokens at the addresses ``rows``, each piece once there is
+        room for it.
+    last_full : callable
+        Of a stage: the barrier of what is copied last, at which the word of the mask arrives, too.
+    """
 
     @T.macro
     def producer(t):
         cursor = T.alloc_local((CURSOR_SIZE,), "int32")
         index = T.alloc_local((2,), "int32")
         place = T.alloc_local((1,), "int64")
-        rows = T.alloc_local((len(passes),), "int64")
+        rows = T.alloc_local((len(_PASSES),), "int64")
         turn = T.alloc_var("int32", init=0)
         warp = t.tx % WARPGROUP // WARP
         kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
@@ -223,27 +218,16 @@ def make_turn_producer(head_dim_qk: int, walk: SimpleNamespace, blocks_of: Any) 
             end = T.alloc_var("int32", init=bounds.end)
             for _block in T.serial(bounds.begin, end):
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
-                for k in passes:
+                for k in _PASSES:
                     rows[k] = T.call_extern(
                         "int64", "tilemla::shuffle", place[0], k * _TOKENS_PER_PASS + t.tx % WARP // _CHUNK
                     )
                 valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
-                # The half first whose warpgroup makes the scores.
-                for i in T.unroll(TURN_PIECES - 1):
-                    piece = T.alloc_var("int32", init=T.bitwise_xor(i, stage * 2))
-                    T.barrier_wait(t.empty[stage * TURN_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
-                    copy(atoms, piece * atoms, stage, first_row, rows, kv, t)
-                    if i == 1:
-                        T.cp_async_barrier_noinc(t.full[full_of_half(stage, stage)])
-                T.barrier_wait(t.empty[stage * TURN_PIECES + TURN_PIECES - 1], phase_of(turn, NUM_STAGES) ^ 1)
-                if atoms_behind > 0:
-                    copy(atoms_behind, first_behind, stage, first_row, rows, kv, t)
-                T.cp_async_barrier_noinc(t.full[full_of_half(stage, 1 - stage)])
+                copy_block(stage, turn, first_row, rows, kv, t)
                 if t.tx % WARP == 0:
                     t.valid[stage, warp] = T.bitwise_and(valid, 2 ** tokens_of_warp(ALONE) - 1)
-                # The mask is there, too.
                 T.sync_warp()
-                arrive_warp(t.full, full_of_half(stage, 1 - stage), t.tx)
+                arrive_warp(t.full, last_full(stage), t.tx)
                 walk.step(place, index, cursor, first_row, t)
                 turn = next_turn(turn, NUM_STAGES)
 

@@ -11,36 +11,25 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_PIECES,
     NUM_STAGES,
     NUM_WARPS,
+    OPERANDS,
     Q_STAGE,
     WARP,
     Roles,
     columns_of_pieces,
+    k_step_offset,
     tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
     A_REGISTERS,
-    ATOM_BYTES,
     K_STEP,
     SCORE_BARRIER,
     SCORES,
-    SLICE,
-    STAGE_COLUMNS,
     WARPGROUP,
     arrive_warp,
     next_turn,
     phase_of,
     stage_of,
 )
-
-_OPERANDS = {"bfloat16": "bf16", "float16": "fp16"}
-_STEPS_PER_ATOM = SLICE // K_STEP
-_STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
-
-
-def _offset(k_step, stage) -> Any:
-    """Of a K step of a stage, in the 16-byte units of a wgmma descriptor."""
-    within = k_step // _STEPS_PER_ATOM * ATOM_BYTES + k_step % _STEPS_PER_ATOM * K_STEP * 2
-    return stage * (_STAGE_BYTES >> 4) + (within >> 4)
 
 
 def make_score_warpgroup(
@@ -79,7 +68,7 @@ def make_score_warpgroup(
     num_words = NUM_WARPS * blocks
     fours = tuple(range(0, num_words, 4))
     all_tokens = 2 ** tokens_of_warp(blocks) - 1
-    operand, accum = _OPERANDS[dtype], "float32"
+    operand, accum = OPERANDS[dtype], "float32"
     q_steps = roles.q_steps
     # Of each piece, its number, the K steps multiplied from registers (first, count), and those from shared memory.
     pieces = []
@@ -107,7 +96,7 @@ def make_score_warpgroup(
                 q_registers.data,
                 (first + k) * 2 * A_REGISTERS,
                 keys.data,
-                _offset(first + k, stage),
+                k_step_offset(first + k, stage),
                 scores.data,
                 0,
                 T.Select(first + k != 0, 1, 0),
@@ -132,9 +121,9 @@ def make_score_warpgroup(
                 operand,
                 "fp32",
                 keys.data,
-                _offset(first + k, Q_STAGE),
+                k_step_offset(first + k, Q_STAGE),
                 keys.data,
-                _offset(first + k, stage),
+                k_step_offset(first + k, stage),
                 scores.data,
                 0,
                 T.Select(first + k != 0, 1, 0),

@@ -12,7 +12,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N, count_blocks, first_block
-from tilemla.dsl.sm90.tile import HALF, WARPGROUP
+from tilemla.dsl.sm90.tile import ATOM_BYTES, HALF, K_STEP, SLICE, STAGE_COLUMNS, WARPGROUP
 
 NUM_STAGES = 2
 Q_STAGE = NUM_STAGES
@@ -28,12 +28,22 @@ NUM_PIECES = len(PIECES)
 # of the second. The last piece holds P, too, which both read.
 PIECES_AS_FREED = (0, 2, 1, 3)
 
+OPERANDS = {"bfloat16": "bf16", "float16": "fp16"}  # of a dtype in wgmma's instructions
+STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
+
 WARP = 32
 NUM_WARPS = WARPGROUP // WARP  # of the producer
 
 # Thread blocks of a cluster, which have neighbouring tiles of the same heads and so the same tokens: each converts half
 # of a block and stores it to both. Otherwise a thread block is alone.
 ALONE, PAIR = 1, 2
+
+
+def k_step_offset(k_step, stage) -> Any:
+    """Of a K step of Q or of a stage, in the 16-byte units of a wgmma descriptor."""
+    steps = SLICE // K_STEP
+    within = k_step // steps * ATOM_BYTES + k_step % steps * K_STEP * 2
+    return stage * (STAGE_BYTES >> 4) + (within >> 4)
 
 
 def tokens_of_warp(blocks: int) -> int:
