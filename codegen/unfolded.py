@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tilemla.codegen.errors import BuildError
 from tilemla.codegen.lower import LoweredProgram
+from tilemla.spec import UNFOLDED_PROGRAMS
 
-_PROGRAMS = ("mla_decode", "mla_decode_plain", "mla_decode_narrow")
 _FOLDED_ROWS = ("q", "out")
 _FOLDED_LSE = "softmax_lse"
 
@@ -35,7 +35,7 @@ def write_unfolded(programs: tuple[LoweredProgram, ...]) -> str:
     BuildError
         When a program lacks an argument that is to be folded.
     """
-    written = [_write_one(program) for program in programs if program.name in _PROGRAMS]
+    written = [_write_one(program) for program in programs if program.name in UNFOLDED_PROGRAMS]
     if not written:
         return ""
     return "\n".join([(Path(__file__).parent / "launcher_unfolded.h").read_text(encoding="utf-8"), *written])

@@ -12,7 +12,7 @@ from tilemla.launch import module_of_kind, num_sms_of
 from tilemla.options import Options, check_attn_sink, check_results, has_heads_side_by_side
 from tilemla.plan import exact_values, log2_scale, remember
 from tilemla.schedule import SparseScheduleConfig, make_batch_invariant_schedule
-from tilemla.sparse_plan import ListPlan, SparsePlan
+from tilemla.sparse_plan import ListPlan, SparsePlan, TokenList
 from tilemla.sparse_validate import (
     check_chosen_cache,
     check_indices,
@@ -163,9 +163,6 @@ def decode_chosen(
     return result[0] if out is None else out, result[1] if softmax_lse is None else softmax_lse
 
 
-_List = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
 def _look_of(k_cache: Any, indices: Any, topk_length: Any) -> tuple[Any, ...] | None:
     """What plans are found by of a cache, indices and lengths; None where there is none of these."""
     if k_cache is None and indices is None and topk_length is None:
@@ -173,7 +170,7 @@ def _look_of(k_cache: Any, indices: Any, topk_length: Any) -> tuple[Any, ...] | 
     return (k_cache.shape, k_cache.stride(), k_cache.dtype, indices.shape, topk_length is None)
 
 
-def _detached(each: _List) -> _List:
+def _detached(each: TokenList) -> TokenList:
     k_cache, indices, topk_length = each
     return k_cache.detach(), indices, topk_length
 
@@ -200,8 +197,8 @@ def _check_list(
 def _find_schedule(
     tile_scheduler_metadata: Any,
     num_splits: Any,
-    main: _List,
-    extra: _List | None,
+    main: TokenList,
+    extra: TokenList | None,
     config: SparseScheduleConfig,
     *,
     by_length: bool,

@@ -13,6 +13,9 @@ from tilemla.loader import LoadedModule
 from tilemla.streams import current_device
 from tilemla.workspace import Scratch
 
+# A cache, indices into it, and how many of each request's count; None is all.
+TokenList = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 
 class ListPlan:
     """How a cache and the indices into it are handed to a kernel.
@@ -140,8 +143,8 @@ class SparsePlan:
     def run(
         self,
         q: torch.Tensor,
-        main: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-        extra: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+        main: TokenList,
+        extra: TokenList | None,
         tile_scheduler_metadata: torch.Tensor,
         num_splits: torch.Tensor,
         out: torch.Tensor | None,
@@ -150,8 +153,7 @@ class SparsePlan:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the kernels on the current stream of the tensors' device and return ``out`` and ``softmax_lse``.
 
-        ``main`` and ``extra`` are a cache, indices and lengths each, of which None is all. Results that are given are
-        written in place; the module refuses those that are not laid out as new ones.
+        Results that are given are written in place; the module refuses those that are not laid out as new ones.
 
         Raises
         ------

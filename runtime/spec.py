@@ -19,15 +19,14 @@ KERNELS = {
     "mla_sparse_prefill": ("mla_sparse_prefill",),
     "read_pages": ("read_pages",),
 }
-# The functions that it exports beside its programs: second ways into some of them.
-_SECOND_WAYS = {"mla_decode": ("mla_decode_unfolded", "mla_decode_plain_unfolded")}
+# Programs into which a module exports a second way, `<program>_unfolded`.
+UNFOLDED_PROGRAMS = ("mla_decode", "mla_decode_plain", "mla_decode_narrow")
 # What modules for sparse decode of a cache of bytes have besides: new tokens are quantised into it.
 _APPENDING = ("append_kv",)
 # And where thread blocks form clusters: two tiles of heads that convert the tokens of a block together.
 _PAIRED = ("mla_sparse_decode_paired",)
-# What a module for decode of a cache of bytes has besides on sm_90a: a program for few rows, with a second way in.
+# What a module for decode of a cache of bytes has besides on sm_90a: a program for few rows.
 _NARROW = ("mla_decode_narrow",)
-_NARROW_SECOND_WAYS = ("mla_decode_narrow_unfolded",)
 # Rows of a query tile of that program.
 NARROW_ROWS = 16
 # Those that results were compared on: what is built unless others are asked for.
@@ -124,8 +123,7 @@ class KernelSpec:
     def exports(self) -> tuple[str, ...]:
         """Names of the functions that the module exports."""
         programs = self.programs
-        narrow = _NARROW_SECOND_WAYS if set(_NARROW) <= set(programs) else ()
-        return programs + _SECOND_WAYS.get(self.kernel, ()) + narrow
+        return programs + tuple(f"{name}_unfolded" for name in programs if name in UNFOLDED_PROGRAMS)
 
     @property
     def head_dim_rope(self) -> int:

@@ -19,12 +19,12 @@ import tilelang.language as T
 from tilemla.dsl.attention import (
     RUNNING_MAX_START,
     inverse_sum,
-    mask_score,
     probability,
     rescale_factor,
     sink_share,
 )
 from tilemla.dsl.schedule import BLOCK_N
+from tilemla.dsl.sm90.mask import hide_unset
 from tilemla.dsl.sm90.softmax import make_advance
 from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
@@ -37,6 +37,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     WARP,
     full_of_half,
     k_step_offset,
+    load_q,
     tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
@@ -133,7 +134,7 @@ def make_alternating_warpgroup(
         multiply_keys(scores, half, own, keys)
 
     def values_of(stage, half, quarter, k):
-        # of 16 tokens of a stage, as `_offset`: the columns of an accumulator
+        # of 16 tokens of a stage, as `k_step_offset`: the columns of an accumulator
         first_atom = (half * HALF + quarter * QUARTER) // SLICE
         return (stage * STAGE_BYTES + first_atom * ATOM_BYTES >> 4) + k * (K_STEP * SLICE * 2 >> 4)
 
@@ -245,11 +246,7 @@ def make_alternating_warpgroup(
         if bits[0] != all_tokens:
             for w in T.unroll(NUM_WARPS):
                 word = T.alloc_var("int32", init=T.shift_right(t.valid[own, w], column))
-                for e in T.unroll(SCORES // NUM_WARPS):
-                    scores[w * (SCORES // NUM_WARPS) + e] = mask_score(
-                        scores[w * (SCORES // NUM_WARPS) + e],
-                        T.bitwise_and(word, T.shift_left(1, e // 4 * 8 + e % 2)) != 0,
-                    )
+                hide_unset(scores, w * (SCORES // NUM_WARPS), SCORES // NUM_WARPS, word)
 
     @T.macro
     def soften(scores, p, running_max, row_sum, factors, p_place, own, row, t):
@@ -265,17 +262,6 @@ def make_alternating_warpgroup(
             for v in T.vectorized(2):
                 p[pair * 2 + v] = scores[pair * 2 + v]
         T.call_extern("handle", "tilemla::store_p", p_place, T.address_of(p[0]))
-
-    @T.macro
-    def load_q(request, t):
-        if t.tx % WARPGROUP < WARP:
-            T.tma_copy(
-                t.q_tile(request, t),
-                t.kv[Q_STAGE, :, 0:head_dim_qk],
-                barrier=t.q_full[0],
-                leader_scope_threads=WARP,
-            )
-            arrive_warp(t.q_full, 0, t.tx)
 
     @T.macro
     def settle(running_max, row_sum, factors, slot, own, row, t):
@@ -330,7 +316,7 @@ def make_alternating_warpgroup(
         T.initialize_wgmma_descriptor(values, T.address_of(t.kv[0, 0, 0]), 1, ATOM_BYTES >> 4, 64)
         if own == 0:
             if t.part.begin_request <= t.part.end_request_inclusive:
-                load_q(t.part.begin_request, t)
+                load_q(t.part.begin_request, head_dim_qk, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
@@ -345,7 +331,7 @@ def make_alternating_warpgroup(
                 T.sync_threads(BOTH_BARRIER, 2 * WARPGROUP)
                 if own == 0:
                     if request < t.part.end_request_inclusive:
-                        load_q(request + 1, t)
+                        load_q(request + 1, head_dim_qk, t)
                 way_out.write_empty(request, own * HALF, t)
             else:
                 for e in T.unroll(_OUTPUTS):
@@ -381,7 +367,7 @@ def make_alternating_warpgroup(
                     multiply_own(acc, p, 0, own, values)
                     multiply_own(acc, p, 1, own, values)
                     if block == last_with_next:
-                        load_q(request + 1, t)
+                        load_q(request + 1, head_dim_qk, t)
                     if block < end - 1:
                         hand_back(own, 0, own, t)
                     else:

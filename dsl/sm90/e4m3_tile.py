@@ -10,7 +10,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from tilemla.dsl.sm90.tile import ROWS
+from tilemla.dsl.sm90.tile import ROWS, phase_of_item, place_of_item
 
 ATOM_COLUMNS = 128  # of one 128-byte swizzle atom
 ATOM_BYTES = ROWS * ATOM_COLUMNS
@@ -38,22 +38,22 @@ def with_fields(t: SimpleNamespace, **fields: Any) -> SimpleNamespace:
 
 def stage_of(item) -> Any:
     """The stage of an item, int32."""
-    return T.bitwise_and(item, NUM_STAGES - 1)
+    return place_of_item(item, NUM_STAGES)
 
 
 def phase_of(item) -> Any:
     """The parity to wait for on the barriers of an item's stage, int32."""
-    return T.bitwise_and(T.shift_right(item, NUM_STAGES.bit_length() - 1), 1)
+    return phase_of_item(item, NUM_STAGES)
 
 
 def slot_of(item) -> Any:
     """The slot of an item's P, int32."""
-    return T.bitwise_and(item, NUM_SLOTS - 1)
+    return place_of_item(item, NUM_SLOTS)
 
 
 def slot_phase_of(item) -> Any:
     """The parity to wait for on the barriers of an item's slot, int32."""
-    return T.bitwise_and(T.shift_right(item, NUM_SLOTS.bit_length() - 1), 1)
+    return phase_of_item(item, NUM_SLOTS)
 
 
 @T.macro

@@ -32,3 +32,13 @@ def hide_scores(scores, request, block, row, column, t) -> None:
                 scores[e // 2 * 4 + half * 2 + e % 2] = mask_score(
                     scores[e // 2 * 4 + half * 2 + e % 2], (key >= first) & (key < end)
                 )
+
+
+@T.macro
+def hide_unset(scores, first, count, bits) -> None:
+    """Make -inf of ``count`` scores of a thread from ``first`` on, of whole groups of columns, whose bit is not set.
+
+    ``bits`` are those of the groups' columns, from the thread's own first one on.
+    """
+    for e in T.unroll(count):
+        scores[first + e] = mask_score(scores[first + e], T.bitwise_and(bits, T.shift_left(1, e // 4 * 8 + e % 2)) != 0)

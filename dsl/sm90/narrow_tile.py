@@ -7,9 +7,8 @@ stages; an item's number, counted over all requests of a part, tells its warpgro
 
 from typing import Any
 
-import tilelang.language as T
-
 from tilemla.dsl.schedule import BLOCK_N
+from tilemla.dsl.sm90.tile import phase_of_item, place_of_item
 from tilemla.spec import NARROW_ROWS
 
 ROWS = NARROW_ROWS  # of a query tile: the N of wgmma
@@ -44,9 +43,9 @@ OWN_FLOATS = NUM_TILES // 2 * SCORES * 128
 
 def stage_of(item) -> Any:
     """The stage of an item, int32."""
-    return T.bitwise_and(item, NUM_STAGES - 1)
+    return place_of_item(item, NUM_STAGES)
 
 
 def phase_of(item) -> Any:
     """The parity to wait for on the barriers of an item's stage, int32."""
-    return T.bitwise_and(T.shift_right(item, NUM_STAGES.bit_length() - 1), 1)
+    return phase_of_item(item, NUM_STAGES)

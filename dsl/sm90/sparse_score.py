@@ -5,7 +5,8 @@ from typing import Any
 
 import tilelang.language as T
 
-from tilemla.dsl.attention import RUNNING_MAX_START, mask_score
+from tilemla.dsl.attention import RUNNING_MAX_START
+from tilemla.dsl.sm90.mask import hide_unset
 from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
     NUM_PIECES,
@@ -17,6 +18,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     Roles,
     columns_of_pieces,
     k_step_offset,
+    load_q,
     tokens_of_warp,
 )
 from tilemla.dsl.sm90.tile import (
@@ -134,17 +136,6 @@ def make_score_warpgroup(
         T.warpgroup_fence_operand(scores, 0, SCORES)
 
     @T.macro
-    def load_q(request, t):
-        if t.tx < WARP:
-            T.tma_copy(
-                t.q_tile(request, t),
-                t.kv[Q_STAGE, :, 0:head_dim_qk],
-                barrier=t.q_full[0],
-                leader_scope_threads=WARP,
-            )
-            arrive_warp(t.q_full, 0, t.tx)
-
-    @T.macro
     def take_q(q_registers, row, column, t):
         # A thread's share of an m64k16 operand: pairs at two rows 8 apart and at two columns 8 apart.
         for k in T.unroll(q_steps):
@@ -163,11 +154,7 @@ def make_score_warpgroup(
         if common_bits(words) != all_tokens:
             for w in T.unroll(num_words):
                 bits = T.alloc_var("int32", init=T.shift_right(words[w], column))
-                for e in T.unroll(SCORES // num_words):
-                    scores[w * (SCORES // num_words) + e] = mask_score(
-                        scores[w * (SCORES // num_words) + e],
-                        T.bitwise_and(bits, T.shift_left(1, e // 4 * 8 + e % 2)) != 0,
-                    )
+                hide_unset(scores, w * (SCORES // num_words), SCORES // num_words, bits)
 
     mask = mask or hide_tokens
 
@@ -184,7 +171,7 @@ def make_score_warpgroup(
         keys = T.alloc_wgmma_desc()
         T.initialize_wgmma_descriptor(keys, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)  # 128-byte swizzle
         if t.part.begin_request <= t.part.end_request_inclusive:
-            load_q(t.part.begin_request, t)
+            load_q(t.part.begin_request, head_dim_qk, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
@@ -202,7 +189,7 @@ def make_score_warpgroup(
                 # Nothing is multiplied with this Q.
                 T.sync_threads(SCORE_BARRIER, WARPGROUP)
                 if request < t.part.end_request_inclusive:
-                    load_q(request + 1, t)
+                    load_q(request + 1, head_dim_qk, t)
             for block in T.serial(begin, end):
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
                 phase = T.alloc_var("int32", init=phase_of(turn, NUM_STAGES))
@@ -218,7 +205,7 @@ def make_score_warpgroup(
                 # Every warp is through with the columns where P goes, and with Q.
                 T.sync_threads(SCORE_BARRIER, WARPGROUP)
                 if (block == end - 1) & (request < t.part.end_request_inclusive):
-                    load_q(request + 1, t)
+                    load_q(request + 1, head_dim_qk, t)
                 mask(scores, request, block, stage, row, column, t)
                 softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
                 if block == end - 1:

@@ -12,7 +12,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N, count_blocks, first_block
-from tilemla.dsl.sm90.tile import ATOM_BYTES, HALF, K_STEP, SLICE, STAGE_COLUMNS, WARPGROUP
+from tilemla.dsl.sm90.tile import ATOM_BYTES, HALF, K_STEP, SLICE, STAGE_COLUMNS, WARPGROUP, arrive_warp
 
 NUM_STAGES = 2
 Q_STAGE = NUM_STAGES
@@ -120,6 +120,19 @@ def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, in
     ends = (*PIECES[1:], head_dim_qk)
     order = PIECES_AS_FREED if roles.copies_arrive else range(NUM_PIECES)
     return [(i, PIECES[i], ends[i] - PIECES[i]) for i in order]
+
+
+@T.macro
+def load_q(request, head_dim_qk, t) -> None:
+    """Load a request's Q into its stage, by the first warp of the warpgroup that this is."""
+    if t.tx % WARPGROUP < WARP:
+        T.tma_copy(
+            t.q_tile(request, t),
+            t.kv[Q_STAGE, :, 0:head_dim_qk],
+            barrier=t.q_full[0],
+            leader_scope_threads=WARP,
+        )
+        arrive_warp(t.q_full, 0, t.tx)
 
 
 def blocks_of_request(request, t) -> Any:

@@ -62,6 +62,16 @@ def columns_of_thirds(head_dim_qk: int) -> list[tuple[int, int, int]]:
     return [(i, i * width, min(width, head_dim_qk - i * width)) for i in range(NUM_THIRDS)]
 
 
+def place_of_item(item, count) -> Any:
+    """The place of an item in a ring of `count`, a power of two, whose items are numbered, int32."""
+    return T.bitwise_and(item, count - 1)
+
+
+def phase_of_item(item, count) -> Any:
+    """The parity to wait for on the barriers of an item's place in such a ring, int32."""
+    return T.bitwise_and(T.shift_right(item, count.bit_length() - 1), 1)
+
+
 def begin_and_end(request, t) -> Any:
     """The first block of a request within the part that some query sees, and one past the last, int32."""
     seqlen = t.cache_seqlens[request]
