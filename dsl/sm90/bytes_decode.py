@@ -1,8 +1,8 @@
 """Paged split-KV MLA decode for sm_90a over an FP8 cache in bytes: the frame of sparse decode with a block table.
 
 A CTA walks the schedule as that of `decode` does, for one tile of 64 query rows. A producer warpgroup converts the
-tokens of a page (`gather`); those that no query sees, whatever their bytes are, become zeros. Scores and outputs are
-made as in `sparse_decode`, with the mask of `mask`.
+tokens of a page (`gather_fp8`); those that no query sees, whatever their bytes are, become zeros. Scores and outputs
+are made as in `sparse_decode`, with the mask of `mask`.
 """
 
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import MAX_GRID_Y, PASS_CONFIG
-from tilemla.dsl.sm90.gather import BLOCK, EXTRA_LENGTH, LENGTH, REQUEST, make_fp8_producer, make_walk
+from tilemla.dsl.sm90.gather import BLOCK, EXTRA_LENGTH, LENGTH, REQUEST, make_walk
+from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.mask import hide_scores
 from tilemla.dsl.sm90.roles import make_roles

@@ -6,6 +6,9 @@ scales are applied where numbers are few: to the scores of each piece of 128 col
 own, and to P, of which there is one for each piece. Keys become float16, which takes an instruction for two; the latent
 part of Q does, too, by a power of two for each row. P and its scales may be of any size: there values are bfloat16.
 
+How scores are made is in `narrow_score`, how a request ends in `narrow_out`; ``at`` is where in a page and in the tile
+a thread's share is.
+
 A thread has elements of the same four rows of the tile in both products: ``lane % 4 * 2``, its neighbour, and those 8
 further. Of S^T they are of two tokens 8 apart, of O^T of two neighbouring columns.
 
@@ -22,20 +25,15 @@ from tilemla.dsl.attention import (
     LAZY_MAX_MARGIN_LOG2,
     RUNNING_MAX_START,
     advance_max,
-    end_key_of_query,
-    final_lse,
-    first_key_of_query,
     first_visible_key,
-    inverse_sum,
-    mask_score,
-    needs_mask,
-    partial_lse_log2,
     probability_of_scaled,
     rescale_factor,
-    sink_share,
 )
-from tilemla.dsl.schedule import BLOCK_N, is_split, split_slot
+from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.e4m3_tile import arrive_elected
+from tilemla.dsl.sm90.narrow_out import make_way_out
+from tilemla.dsl.sm90.narrow_product import BATCH, PRODUCTS, multiply
+from tilemla.dsl.sm90.narrow_score import make_scores
 from tilemla.dsl.sm90.narrow_tile import (
     A_REGISTERS,
     ATOM_BYTES,
@@ -52,6 +50,7 @@ from tilemla.dsl.sm90.narrow_tile import (
     PIECE_COLUMNS,
     PITCH,
     ROPE_AT,
+    ROW_BYTES,
     SCALES_AT,
     SCORES,
     phase_of,
@@ -59,22 +58,9 @@ from tilemla.dsl.sm90.narrow_tile import (
 )
 from tilemla.dsl.sm90.tile import WARPGROUP, begin_and_end
 
-_STEPS_PER_ATOM = 4
-_ROW_BYTES = 128  # of an atom
-_PRODUCTS = 4  # of a batch, that leave together; of four accumulators, so that none waits for another
-_BATCH = _PRODUCTS * A_REGISTERS  # registers of their operands; those of two batches are in use at once
 _P_BYTES = NUM_PIECES * ATOM_BYTES
-_HALF_TILES = NUM_TILES // 2
-_MERGED = _HALF_TILES * SCORES  # outputs that a thread merges
-
-_STEPS_PER_PIECE = PIECE_COLUMNS // K_STEP
 # Batches of O^T: a K step of 16 tokens, and the first of two pieces, so of four tiles of 64 columns.
 _OUTPUT_BATCHES = [(k, piece) for k in range(BLOCK_N // K_STEP) for piece in (0, 2)]
-
-
-def _offset_of_step(step) -> Any:
-    """Of a K step of Q, in the 16-byte units of a wgmma descriptor."""
-    return step // _STEPS_PER_ATOM * (ATOM_BYTES >> 4) + step % _STEPS_PER_ATOM * (K_STEP * 2 >> 4)
 
 
 def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
@@ -88,45 +74,10 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         Its latent columns.
     """
     accum = "float32"
-    latent_steps, rope_steps = head_dim_v // K_STEP, (head_dim_qk - head_dim_v) // K_STEP
+    scoring, way_out = make_scores(head_dim_qk, head_dim_v), make_way_out(head_dim_v)
 
     def address(buffer):
         return T.call_extern("int32", "tilemla::shared_address", T.address_of(buffer))
-
-    def place_of(row, unit, at):
-        # The first of two chunks of 16 columns of Q.
-        within = T.bitwise_xor(T.truncmod(unit, _STEPS_PER_ATOM) * 2, row % 8) * CHUNK
-        return at.q + T.truncdiv(unit, _STEPS_PER_ATOM) * ATOM_BYTES + row * _ROW_BYTES + within
-
-    @T.macro
-    def take_q(request, at, t):
-        # Each warp two rows.
-        first_row = t.tx // 32 * 2
-        for i in T.unroll(2):
-            row = first_row + i
-            factor = T.alloc_var(
-                accum,
-                init=T.call_extern(
-                    accum,
-                    "tilemla::store_latent",
-                    place_of(row, at.lane, at),
-                    T.address_of(t.q[request, t.head, t.tile[0] + row, at.lane * K_STEP]),
-                    t.tile[0] + row < t.rows,
-                ),
-            )
-            if at.lane == 0:
-                t.q_factors[row] = factor
-        if at.lane < 2 * rope_steps:
-            row = first_row + at.lane // rope_steps
-            unit = latent_steps + at.lane % rope_steps
-            T.call_extern(
-                "handle",
-                "tilemla::copy_columns",
-                place_of(row, unit, at),
-                T.address_of(t.q[request, t.head, t.tile[0] + row, unit * K_STEP]),
-                t.tile[0] + row < t.rows,
-            )
-        T.fence_proxy_async()
 
     @T.macro
     def clear_bytes(begin, end, at, t):
@@ -148,129 +99,6 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             clear_bytes(page + T.max(seqlen, 0) * PITCH, page + PAGE_BYTES, at, t)
             T.fence_proxy_async()  # the page is loaded over next
             T.sync_threads(at.barrier, WARPGROUP)
-
-    @T.macro
-    def read_keys(raw, step, page, at):
-        # 16 columns of each piece, of two pieces at once.
-        for i in T.unroll(NUM_PIECES // 2):
-            T.call_extern(
-                "handle",
-                "tilemla::read_rows",
-                T.address_of(raw[i * A_REGISTERS]),
-                page + at.keys + (i * 2 * PIECE_COLUMNS + step * K_STEP),
-            )
-
-    @T.macro
-    def widen_keys(operand, place, raw):
-        for k in T.unroll(_PRODUCTS):
-            for half in T.unroll(2):
-                T.call_extern(
-                    "handle",
-                    "tilemla::widen_keys",
-                    T.address_of(operand[place * _BATCH + k * A_REGISTERS + half]),
-                    raw[k * 2 + half],
-                )
-
-    @T.macro
-    def multiply(dtype, acc, first, count, operand, place, matrix, offset_of, accumulator_of, adds):
-        # A batch of products, each at an offset of `matrix` and to one of the accumulators from `first` on.
-        T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
-        T.warpgroup_fence_operand(acc, first * SCORES, count * SCORES)
-        T.warpgroup_arrive()
-        for i in T.unroll(_PRODUCTS):
-            T.ptx_wgmma_rs(
-                accum,
-                "m64n16k16",
-                True,
-                dtype,
-                dtype,
-                "fp32",
-                operand.data,
-                place * _BATCH + i * A_REGISTERS,
-                matrix.data,
-                offset_of(i),
-                acc.data,
-                (first + accumulator_of(i)) * SCORES,
-                adds(i),
-                1,
-                1,
-            )
-        T.warpgroup_commit_batch()
-        T.warpgroup_fence_operand(acc, first * SCORES, count * SCORES)
-        T.warpgroup_fence_operand(operand, place * _BATCH, _BATCH)
-
-    @T.macro
-    def score(scores, operand, raw, page, at):
-        # To accumulator 0 the rope columns, to the others each piece of the latent ones, without its scale.
-        for k in T.unroll(_PRODUCTS):
-            T.call_extern(
-                "handle",
-                "tilemla::read_rows",
-                T.address_of(operand[k * A_REGISTERS]),
-                page + at.rope + k * K_STEP * 2,
-            )
-        read_keys(raw, 0, page, at)
-        multiply(
-            "bf16",
-            scores,
-            0,
-            1,
-            operand,
-            0,
-            at.queries,
-            lambda i: _offset_of_step(latent_steps + i),
-            lambda i: 0,
-            lambda i: T.Select(i != 0, 1, 0),
-        )
-        for step in range(_STEPS_PER_PIECE):
-            place = (step + 1) % 2
-            if step > 0:
-                T.wait_wgmma(1)  # the operands of the batch before the last are free
-            widen_keys(operand, place, raw)
-            if step + 1 < _STEPS_PER_PIECE:
-                read_keys(raw, step + 1, page, at)
-            multiply(
-                "fp16",
-                scores,
-                1,
-                NUM_PIECES,
-                operand,
-                place,
-                at.queries,
-                lambda i, step=step: _offset_of_step(i * _STEPS_PER_PIECE + step),
-                lambda i: i,
-                lambda i, step=step: 1 if step > 0 else 0,
-            )
-        T.wait_wgmma(0)
-        T.warpgroup_fence_operand(scores, 0, (1 + NUM_PIECES) * SCORES)
-
-    @T.macro
-    def add_pieces(scaled, scores, scales, q_factors, t):
-        for e in T.unroll(SCORES):
-            scaled[e] = 0
-            for piece in T.unroll(NUM_PIECES):
-                scaled[e] = scaled[e] + scores[(1 + piece) * SCORES + e] * scales[e % 4 // 2 * NUM_PIECES + piece]
-            scaled[e] = (scores[e] + scaled[e] * q_factors[e // 4 * 2 + e % 2]) * t.softmax_scale_log2
-
-    @T.macro
-    def hide_scores(scaled, request, block, at, t):
-        if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
-            for j in T.unroll(2):
-                for v in T.unroll(2):
-                    query = T.alloc_var("int32", init=T.truncdiv(t.tile[0] + at.column + j * 8 + v, t.group_size))
-                    shift = T.alloc_var("int32", init=block * BLOCK_N + at.token)
-                    first = T.alloc_var(
-                        "int32",
-                        init=first_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_left) - shift,
-                    )
-                    end = T.alloc_var(
-                        "int32",
-                        init=end_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_right) - shift,
-                    )
-                    for half in T.unroll(2):
-                        scaled[j * 4 + half * 2 + v] = mask_score(
-                            scaled[j * 4 + half * 2 + v], (half * 8 >= first) & (half * 8 < end)
-                        )
 
     @T.macro
     def store_p(weights, scaled, running_max, scales, to):
@@ -343,7 +171,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
     @T.macro
     def widen_values(operand, place, raw):
         for i in T.unroll(2 * A_REGISTERS):
-            T.call_extern("handle", "tilemla::widen_values", T.address_of(operand[place * _BATCH + i * 2]), raw[i])
+            T.call_extern("handle", "tilemla::widen_values", T.address_of(operand[place * BATCH + i * 2]), raw[i])
 
     @T.macro
     def add_values(acc, operand, raw, page, stage, slot, at, t):
@@ -362,7 +190,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 "bf16",
                 acc,
                 piece * 2,
-                _PRODUCTS,
+                PRODUCTS,
                 operand,
                 n % 2,
                 at.probabilities,
@@ -376,118 +204,10 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         T.warpgroup_fence_operand(acc, 0, NUM_TILES * SCORES)
 
     @T.macro
-    def share(acc, running_max, row_sum, at, t):
-        # The sums over a row's threads, and the half of the outputs that the other warpgroup writes.
-        for step in (4, 8, 16):
-            for c in T.unroll(COLUMNS):
-                row_sum[c] = row_sum[c] + T.shfl_xor(row_sum[c], step)
-        if at.lane < 4:
-            for c in T.unroll(COLUMNS):
-                column = at.column + c // 2 * 8 + c % 2
-                t.sums[at.group, at.warp, column] = row_sum[c]
-                t.last_maxima[at.group, column] = running_max[c]
-        T.sync_threads(at.barrier, WARPGROUP)  # every warp has read P
-        for i in T.unroll(_MERGED):
-            t.own[at.group, i * WARPGROUP + t.tx % WARPGROUP] = T.if_then_else(at.group == 0, acc[_MERGED + i], acc[i])
-        T.sync_threads(MERGE_BARRIER, CONSUMERS)
-
-    @T.macro
-    def merge(acc, running_max, row_sum, mine, theirs, request, at, t):
-        # Of each of a thread's rows sum, maximum, and the factors of both warpgroups' outputs. Whichever of them had
-        # the first block, the results are the same.
-        for c in T.unroll(COLUMNS):
-            column = at.column + c // 2 * 8 + c % 2
-            sums = T.alloc_local((2,), accum)
-            for group in T.unroll(2):
-                sums[group] = t.sums[T.bitwise_xor(at.group, group), 0, column]
-                for warp in (1, 2, 3):
-                    sums[group] = sums[group] + t.sums[T.bitwise_xor(at.group, group), warp, column]
-            other_max = T.alloc_var(accum, init=t.last_maxima[1 - at.group, column])
-            most = T.alloc_var(accum, init=T.max(running_max[c], other_max))
-            mine[c] = rescale_factor(running_max[c], most)
-            theirs[c] = rescale_factor(other_max, most)
-            row_sum[c] = T.call_extern(accum, "tilemla::sum_of_products", sums[0], mine[c], sums[1], theirs[c])
-            running_max[c] = most
-            sinks = T.alloc_var(accum, init=0)
-            if t.has_sink != 0:
-                # A piece of a split request leaves the sink to the combine kernel.
-                if T.Not(is_split(t.part, request)):
-                    sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + column, t.group_size)]
-                    sinks = sink_share(most, sink)
-            factor = T.alloc_var(accum, init=inverse_sum(row_sum[c], sinks))
-            mine[c] = mine[c] * factor
-            theirs[c] = theirs[c] * factor
-
-    @T.macro
-    def write_rows(acc, mine, theirs, place, to_partial, at, t):
-        pair = T.alloc_local((2,), accum)
-        for c in T.unroll(COLUMNS):
-            row = t.tile[0] + at.column + c // 2 * 8 + c % 2
-            if row < t.rows:
-                for tile in T.unroll(_HALF_TILES):
-                    for half in T.unroll(2):
-                        i = tile * SCORES + c // 2 * 4 + half * 2 + c % 2
-                        pair[half] = T.call_extern(
-                            accum,
-                            "tilemla::sum_of_products",
-                            T.if_then_else(at.group == 0, acc[i], acc[_MERGED + i]),
-                            mine[c],
-                            t.own[1 - at.group, i * WARPGROUP + t.tx % WARPGROUP],
-                            theirs[c],
-                        )
-                    column = (
-                        at.group * (head_dim_v // NUM_WARPGROUPS)
-                        + tile // 2 * PIECE_COLUMNS
-                        + at.warp * 32
-                        + tile % 2 * 16
-                        + at.lane // 4 * 2
-                    )
-                    if to_partial:
-                        T.call_extern(
-                            "handle",
-                            "tilemla::store_pair",
-                            T.address_of(t.out_accum[place, t.head, row, column]),
-                            pair[0],
-                            pair[1],
-                        )
-                    else:
-                        T.call_extern(
-                            "handle",
-                            "tilemla::store_halves",
-                            T.address_of(t.out[place, t.head, row, column]),
-                            pair[0],
-                            pair[1],
-                        )
-
-    @T.macro
-    def write_lse(running_max, row_sum, request, place, to_partial, at, t):
-        if (at.group == 0) & (at.warp == 0) & (at.lane < 4):
-            for c in T.unroll(COLUMNS):
-                row = t.tile[0] + at.column + c // 2 * 8 + c % 2
-                if row < t.rows:
-                    if to_partial:
-                        t.lse_accum_log2[place, t.head, row] = partial_lse_log2(row_sum[c], running_max[c])
-                    else:
-                        t.softmax_lse[request, t.head, row] = final_lse(row_sum[c], running_max[c], t.lse_scale)
-
-    @T.macro
-    def write(acc, running_max, row_sum, request, at, t):
-        mine = T.alloc_local((COLUMNS,), accum)
-        theirs = T.alloc_local((COLUMNS,), accum)
-        merge(acc, running_max, row_sum, mine, theirs, request, at, t)
-        if is_split(t.part, request):
-            place = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            write_rows(acc, mine, theirs, place, True, at, t)
-            write_lse(running_max, row_sum, request, place, True, at, t)
-        else:
-            write_rows(acc, mine, theirs, request, False, at, t)
-            write_lse(running_max, row_sum, request, request, False, at, t)
-
-    @T.macro
     def consumer(t):
         acc = T.alloc_local((NUM_TILES * SCORES,), accum)
         scores = T.alloc_local(((1 + NUM_PIECES) * SCORES,), accum)
-        operand = T.alloc_local((2 * _BATCH,), "uint32")
+        operand = T.alloc_local((2 * BATCH,), "uint32")
         raw = T.alloc_local((2 * A_REGISTERS,), "uint32")
         scaled = T.alloc_local((SCORES,), accum)
         weights = T.alloc_local((SCORES,), accum)
@@ -506,7 +226,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             init=address(t.own[0, 0])
             + group * (OWN_FLOATS * 4)
             + lane // 16 * (ATOM_BYTES // 2)
-            + lane % 8 * _ROW_BYTES
+            + lane % 8 * ROW_BYTES
             + T.bitwise_xor(warp * 2 + lane // 8 % 2, lane % 8) * CHUNK,
         )
         slot = T.alloc_var("int32", init=0)
@@ -533,7 +253,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             block = T.alloc_var("int32", init=begin + T.bitwise_and(group - base, NUM_WARPGROUPS - 1))
-            take_q(request, at, t)
+            scoring.take_q(request, at, t)
             for c in T.unroll(COLUMNS):
                 running_max[c] = RUNNING_MAX_START
                 row_sum[c] = 0
@@ -555,10 +275,10 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                         T.address_of(scales[half * NUM_PIECES]),
                         page + (at.token + half * 8) * PITCH + SCALES_AT,
                     )
-                score(scores, operand, raw, page, at)
+                scoring.score(scores, operand, raw, page, at)
                 read_values(raw, *_OUTPUT_BATCHES[0], page, at)
-                add_pieces(scaled, scores, scales, q_factors, t)
-                hide_scores(scaled, request, block, at, t)
+                scoring.add_pieces(scaled, scores, scales, q_factors, t)
+                scoring.hide_scores(scaled, request, block, at, t)
                 widen_values(operand, 0, raw)
                 read_values(raw, *_OUTPUT_BATCHES[1], page, at)
                 soften(acc, weights, scaled, running_max, row_sum, scales, p + slot * _P_BYTES, at, t)
@@ -566,7 +286,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 slot = 1 - slot
                 block += NUM_WARPGROUPS
             base += T.max(end - begin, 0)
-            share(acc, running_max, row_sum, at, t)
-            write(acc, running_max, row_sum, request, at, t)
+            way_out.share(acc, running_max, row_sum, at, t)
+            way_out.write(acc, running_max, row_sum, request, at, t)
 
     return consumer

@@ -26,7 +26,8 @@ NUM_STAGES = 4
 
 # Of Q and P, atoms of 128 bytes a row, 16 rows.
 ATOM_COLUMNS = 64
-ATOM_BYTES = ROWS * ATOM_COLUMNS * 2
+ROW_BYTES = ATOM_COLUMNS * 2
+ATOM_BYTES = ROWS * ROW_BYTES
 K_STEP = 16
 A_REGISTERS = 4  # 32-bit registers of an m64k16 operand that a thread holds
 SCORES = 8  # elements of a 64x16 accumulator that a thread holds

@@ -2,8 +2,8 @@
 
 A CTA walks the requests of one part of the schedule for one query of each and one tile of 64 heads. A producer
 warpgroup gathers the 64 tokens of a block from anywhere in the cache, and converts them where the cache is FP8
-(`gather`); a score warpgroup and two output warpgroups then work as those of the dense kernel do (`sparse_score`,
-`sparse_output`). The combine kernel is launched under the tail of this one.
+(`gather`, `gather_fp8`); a score warpgroup and two output warpgroups then work as those of the dense kernel do
+(`sparse_score`, `sparse_output`). The combine kernel is launched under the tail of this one.
 """
 
 import functools
@@ -24,9 +24,9 @@ from tilemla.dsl.sm90.gather import (
     MAIN,
     REQUEST,
     make_dense_producer,
-    make_fp8_producer,
     make_walk,
 )
+from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.roles import make_roles
 from tilemla.dsl.sm90.softmax import make_softmax
