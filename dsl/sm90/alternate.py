@@ -52,7 +52,6 @@ from tilemla.dsl.sm90.tile import (
     arrive_warp,
 )
 
-BOTH_BARRIER = 3  # the named barrier of both warpgroups; each has one of its own, too
 SUMS = 4 * ROWS  # rows' sums that the warpgroups exchange: each one's, of a query and of the next one
 _PV_STEPS = BLOCK_N // K_STEP
 _OUTPUTS = HALF // 2  # elements of the output that a thread holds, those of each accumulator side by side
@@ -264,7 +263,14 @@ def make_alternating_warpgroup(
         T.call_extern("handle", "tilemla::store_p", p_place, T.address_of(p[0]))
 
     @T.macro
-    def settle(running_max, row_sum, factors, slot, own, row, t):
+    def meet(q_phase, t):
+        # Both warpgroups are here, once for each request.
+        T.sync_warp()
+        arrive_warp(t.met, 0, t.tx)
+        T.barrier_wait(t.met[0], q_phase)
+
+    @T.macro
+    def settle(running_max, row_sum, factors, slot, q_phase, own, row, t):
         # The sums of both warpgroups, and what the outputs are multiplied by.
         for half in T.unroll(2):
             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
@@ -273,7 +279,7 @@ def make_alternating_warpgroup(
             for half in T.unroll(2):
                 t.sums[(slot * 2 + own) * ROWS + row + half * 8] = row_sum[half]
                 t.tops[(slot * 2 + own) * ROWS + row + half * 8] = t.true_max[half]
-        T.sync_threads(BOTH_BARRIER, 2 * WARPGROUP)
+        meet(q_phase, t)
         for half in T.unroll(2):
             row_sum[half] = row_sum[half] + t.sums[(slot * 2 + 1 - own) * ROWS + row + half * 8]
             t.true_max[half] = T.max(t.true_max[half], t.tops[(slot * 2 + 1 - own) * ROWS + row + half * 8])
@@ -328,7 +334,7 @@ def make_alternating_warpgroup(
             if begin >= end:
                 # Nothing is multiplied with this Q.
                 T.barrier_wait(t.q_full[0], q_phase)
-                T.sync_threads(BOTH_BARRIER, 2 * WARPGROUP)
+                meet(q_phase, t)
                 if own == 0:
                     if request < t.part.end_request_inclusive:
                         load_q(request + 1, head_dim_qk, t)
@@ -380,7 +386,7 @@ def make_alternating_warpgroup(
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(acc, 0, _OUTPUTS)
                     other_phase = other_phase ^ 1
-                settle(running_max, row_sum, factors, slot, own, row, t)
+                settle(running_max, row_sum, factors, slot, q_phase, own, row, t)
                 scale(acc, factors)
                 way_out.write_tile(acc, request, stage, own * HALF, row, column, own + 1, t)
                 free_first(stage, own, t)

@@ -132,6 +132,7 @@ def make_sparse_prefill_program(spec) -> Program:
             )  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
+            met = T.alloc_barrier([2 * NUM_WARPS])  # the warps of both warpgroups have written a tile's sums
             true_max = T.alloc_local((2,), accum)
 
             tx = T.get_thread_binding()
@@ -167,6 +168,7 @@ def make_sparse_prefill_program(spec) -> Program:
                 empty=empty,
                 p_full=p_full,
                 q_full=q_full,
+                met=met,
                 tx=tx,
                 rows=h_q,
                 part=SimpleNamespace(begin_request=tile[1], end_request_inclusive=tile[2]),
