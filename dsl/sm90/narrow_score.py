@@ -19,6 +19,7 @@ from tilemla.dsl.sm90.narrow_tile import (
     SCORES,
 )
 
+_UNIT_WORDS = K_STEP // 2  # of a K step of Q, 32-bit words
 _STEPS_PER_ATOM = 4
 _STEPS_PER_PIECE = PIECE_COLUMNS // K_STEP
 
@@ -50,33 +51,44 @@ def make_scores(head_dim_qk: int, head_dim_v: int) -> SimpleNamespace:
         return at.q + T.truncdiv(unit, _STEPS_PER_ATOM) * ATOM_BYTES + row * ROW_BYTES + within
 
     @T.macro
+    def load_unit(words, place, request, row, unit, wanted, t):
+        T.call_extern(
+            "handle",
+            "tilemla::load_columns",
+            T.address_of(words[place * _UNIT_WORDS]),
+            T.address_of(t.q[request, t.head, t.tile[0] + row, unit * K_STEP]),
+            wanted & (t.tile[0] + row < t.rows),
+        )
+
+    @T.macro
     def take_q(request, at, t):
-        # Each warp two rows.
+        # Each warp two rows, of which it asks for everything before it uses any: memory's latency passes once.
+        words = T.alloc_local((4 * _UNIT_WORDS,), "uint32")  # of each row latent columns, and rope columns
         first_row = t.tx // 32 * 2
+        rope_unit = latent_steps + at.lane
+        has_rope = at.lane < rope_steps
         for i in T.unroll(2):
-            row = first_row + i
+            load_unit(words, i * 2, request, first_row + i, at.lane, True, t)
+            load_unit(words, i * 2 + 1, request, first_row + i, rope_unit, has_rope, t)
+        for i in T.unroll(2):
             factor = T.alloc_var(
                 accum,
                 init=T.call_extern(
                     accum,
                     "tilemla::store_latent",
-                    place_of(row, at.lane, at),
-                    T.address_of(t.q[request, t.head, t.tile[0] + row, at.lane * K_STEP]),
-                    t.tile[0] + row < t.rows,
+                    place_of(first_row + i, at.lane, at),
+                    T.address_of(words[i * 2 * _UNIT_WORDS]),
                 ),
             )
             if at.lane == 0:
-                t.q_factors[row] = factor
-        if at.lane < 2 * rope_steps:
-            row = first_row + at.lane // rope_steps
-            unit = latent_steps + at.lane % rope_steps
-            T.call_extern(
-                "handle",
-                "tilemla::copy_columns",
-                place_of(row, unit, at),
-                T.address_of(t.q[request, t.head, t.tile[0] + row, unit * K_STEP]),
-                t.tile[0] + row < t.rows,
-            )
+                t.q_factors[first_row + i] = factor
+            if has_rope:
+                T.call_extern(
+                    "handle",
+                    "tilemla::store_rope",
+                    place_of(first_row + i, rope_unit, at),
+                    T.address_of(words[(i * 2 + 1) * _UNIT_WORDS]),
+                )
         T.fence_proxy_async()
 
     @T.macro

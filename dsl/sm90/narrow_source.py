@@ -21,15 +21,19 @@ __device__ __forceinline__ void store_chunk(int to, uint4 from) {
                : "memory");
 }
 
-// 16 columns of a row of Q to two neighbouring chunks, zeros where it is past the last row.
-__device__ __forceinline__ void copy_columns(int to, const void *from, bool is_row) {
-  uint4 first = make_uint4(0, 0, 0, 0), second = first;
-  if (is_row) {
-    first = static_cast<const uint4 *>(from)[0];
-    second = static_cast<const uint4 *>(from)[1];
+// 16 columns of a row of Q, zeros where they are not wanted.
+__device__ __forceinline__ void load_columns(unsigned *to, const void *from, bool wanted) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const uint4 chunk = wanted ? static_cast<const uint4 *>(from)[i / 4] : make_uint4(0, 0, 0, 0);
+    to[i] = chunk.x, to[i + 1] = chunk.y, to[i + 2] = chunk.z, to[i + 3] = chunk.w;
   }
-  store_chunk(to, first);
-  store_chunk(to ^ 16, second);
+}
+
+// Those of the rope part, as they are, to two neighbouring chunks.
+__device__ __forceinline__ void store_rope(int to, const unsigned *w) {
+  store_chunk(to, make_uint4(w[0], w[1], w[2], w[3]));
+  store_chunk(to ^ 16, make_uint4(w[4], w[5], w[6], w[7]));
 }
 
 // Two bfloat16 times a power of two as float16.
@@ -44,13 +48,7 @@ __device__ __forceinline__ unsigned float16_pair(unsigned from, float factor) {
 // The latent columns of a row of Q, 16 of each lane of a warp, as float16 by a power of two that takes the largest of
 // them to 2**14: what that leaves inexact is less than 2**-38 of the largest. Returns what undoes it. Columns are in
 // the order of the K dimension that an operand has which is made of four neighbouring bytes for each lane.
-__device__ __forceinline__ float store_latent(int to, const void *from, bool is_row) {
-  uint4 words[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-  if (is_row) {
-    words[0] = static_cast<const uint4 *>(from)[0];
-    words[1] = static_cast<const uint4 *>(from)[1];
-  }
-  unsigned *w = reinterpret_cast<unsigned *>(words);
+__device__ __forceinline__ float store_latent(int to, unsigned *w) {
   float most = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
