@@ -60,7 +60,7 @@ def make_decode_program(spec, config) -> Program:
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     consumer = make_consumer(head_dim_qk, head_dim_v)
-    load_warp = make_load_warp()
+    load_warp = make_load_warp(head_dim_qk)
     combine = make_combine(head_dim_v, accum, config, early=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 

@@ -6,15 +6,38 @@ import tilelang.language as T
 
 from tilemla.dsl.attention import page_index
 from tilemla.dsl.schedule import BLOCK_N
-from tilemla.dsl.sm90.narrow_tile import PAGE_BYTES, PITCH, TOKENS_PER_COPY, phase_of, stage_of
+from tilemla.dsl.sm90.narrow_tile import (
+    ATOM_COLUMNS,
+    PAGE_BYTES,
+    PITCH,
+    ROWS,
+    TOKENS_PER_COPY,
+    phase_of,
+    stage_of,
+)
 from tilemla.dsl.sm90.tile import begin_and_end
 
 _LANES = 32
 _BARRIER_BYTES = 8
 
 
-def make_load_warp() -> Any:
-    """Make the macro ``load_warp(t)``: every page of the part, each when its stage is free."""
+def make_load_warp(head_dim_qk: int) -> Any:
+    """Make the macro ``load_warp(t)``: every page of the part, each when its stage is free.
+
+    Parameters
+    ----------
+    head_dim_qk : int
+        Columns of a query.
+    """
+
+    @T.macro
+    def prefetch_q(request, t):
+        row = T.alloc_var("int32", init=t.tile[0] + t.tx % _LANES)
+        if (t.tx % _LANES < ROWS) & (row < t.rows):
+            for i in T.unroll(head_dim_qk // ATOM_COLUMNS):
+                T.call_extern(
+                    "handle", "tilemla::prefetch_line", T.address_of(t.q[request, t.head, row, i * ATOM_COLUMNS])
+                )
 
     @T.macro
     def copy_page(page, stage, pages, full, t):
@@ -51,6 +74,8 @@ def make_load_warp() -> Any:
         full = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::shared_address", T.address_of(t.full[0])))
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = begin_and_end(request, t)
+            if request > t.part.begin_request:
+                prefetch_q(request, t)  # the consumers are still at the pages before
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             if begin < end:
