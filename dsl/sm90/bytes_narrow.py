@@ -106,6 +106,7 @@ def make_decode_program(spec, config) -> Program:
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
             full = T.alloc_barrier([1] * NUM_STAGES)  # a page is there
             empty = T.alloc_barrier([4] * NUM_STAGES)  # the warps that read it are done
+            q_full = T.alloc_barrier([CONSUMERS // 32])  # the warps that bring Q are done
 
             tx = T.get_thread_binding()
             # Heads share the grid's third axis with what parts the second is too short for.
@@ -153,6 +154,7 @@ def make_decode_program(spec, config) -> Program:
                 tile=tile,
                 full=full,
                 empty=empty,
+                q_full=q_full,
                 tx=tx,
                 rows=rows,
                 head=tile[1],

@@ -39,9 +39,7 @@ from tilemla.dsl.sm90.narrow_tile import (
     ATOM_BYTES,
     CHUNK,
     COLUMNS,
-    CONSUMERS,
     K_STEP,
-    MERGE_BARRIER,
     NUM_PIECES,
     NUM_TILES,
     NUM_WARPGROUPS,
@@ -87,13 +85,10 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             chunk += WARPGROUP * CHUNK
 
     @T.macro
-    def clear_unseen(request, block, page, at, t):
+    def clear_unseen(block, page, at, t):
         # P is 0 where no query sees a token, but what lies there may be NaN.
-        seqlen = T.alloc_var("int32", init=t.cache_seqlens[request] - block * BLOCK_N)
-        first = T.alloc_var(
-            "int32",
-            init=first_visible_key(t.cache_seqlens[request], t.seq_len_q, t.window_left) - block * BLOCK_N,
-        )
+        seqlen = T.alloc_var("int32", init=at.seqlen - block * BLOCK_N)
+        first = T.alloc_var("int32", init=first_visible_key(at.seqlen, t.seq_len_q, t.window_left) - block * BLOCK_N)
         if (seqlen < BLOCK_N) | (first > 0):
             clear_bytes(page, page + T.min(first, BLOCK_N) * PITCH, at, t)
             clear_bytes(page + T.max(seqlen, 0) * PITCH, page + PAGE_BYTES, at, t)
@@ -230,11 +225,14 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
             + T.bitwise_xor(warp * 2 + lane // 8 % 2, lane % 8) * CHUNK,
         )
         slot = T.alloc_var("int32", init=0)
+        q_phase = T.alloc_var("int32", init=0)
+        seqlen = T.alloc_var("int32", init=0)  # of the request; read once, not for each page
         base = T.alloc_var("int32", init=0)  # items of the requests before
         at = SimpleNamespace(
             group=group,
             lane=lane,
             warp=warp,
+            seqlen=seqlen,
             barrier=1 + group,
             token=warp * 16 + lane // 4,
             column=lane % 4 * 2,
@@ -259,7 +257,11 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 row_sum[c] = 0
             for i in T.unroll(NUM_TILES * SCORES):
                 acc[i] = 0
-            T.sync_threads(MERGE_BARRIER, CONSUMERS)
+            seqlen = t.cache_seqlens[request]
+            T.sync_warp()
+            arrive_elected(t.q_full, 0)
+            T.barrier_wait(t.q_full[0], q_phase)
+            q_phase = q_phase ^ 1
             for c in T.unroll(COLUMNS):
                 q_factors[c] = t.q_factors[at.column + c // 2 * 8 + c % 2]
             while block < end:
@@ -267,7 +269,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 stage = T.alloc_var("int32", init=stage_of(item))
                 page = T.alloc_var("int32", init=pages + stage * PAGE_BYTES)
                 T.barrier_wait(t.full[stage], phase_of(item))
-                clear_unseen(request, block, page, at, t)
+                clear_unseen(block, page, at, t)
                 for half in T.unroll(2):
                     T.call_extern(
                         "handle",
@@ -278,7 +280,7 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 scoring.score(scores, operand, raw, page, at)
                 read_values(raw, *_OUTPUT_BATCHES[0], page, at)
                 scoring.add_pieces(scaled, scores, scales, q_factors, t)
-                scoring.hide_scores(scaled, request, block, at, t)
+                scoring.hide_scores(scaled, block, at, t)
                 widen_values(operand, 0, raw)
                 read_values(raw, *_OUTPUT_BATCHES[1], page, at)
                 soften(acc, weights, scaled, running_max, row_sum, scales, p + slot * _P_BYTES, at, t)

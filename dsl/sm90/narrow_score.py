@@ -167,19 +167,19 @@ def make_scores(head_dim_qk: int, head_dim_v: int) -> SimpleNamespace:
             scaled[e] = (scores[e] + scaled[e] * q_factors[e // 4 * 2 + e % 2]) * t.softmax_scale_log2
 
     @T.macro
-    def hide_scores(scaled, request, block, at, t):
-        if needs_mask(block, BLOCK_N, t.cache_seqlens[request], t.seq_len_q, t.window_left, t.window_right):
+    def hide_scores(scaled, block, at, t):
+        if needs_mask(block, BLOCK_N, at.seqlen, t.seq_len_q, t.window_left, t.window_right):
             for j in T.unroll(2):
                 for v in T.unroll(2):
                     query = T.alloc_var("int32", init=T.truncdiv(t.tile[0] + at.column + j * 8 + v, t.group_size))
                     shift = T.alloc_var("int32", init=block * BLOCK_N + at.token)
                     first = T.alloc_var(
                         "int32",
-                        init=first_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_left) - shift,
+                        init=first_key_of_query(query, at.seqlen, t.seq_len_q, t.window_left) - shift,
                     )
                     end = T.alloc_var(
                         "int32",
-                        init=end_key_of_query(query, t.cache_seqlens[request], t.seq_len_q, t.window_right) - shift,
+                        init=end_key_of_query(query, at.seqlen, t.seq_len_q, t.window_right) - shift,
                     )
                     for half in T.unroll(2):
                         scaled[j * 4 + half * 2 + v] = mask_score(
