@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 # few enough that a long request is spread over the GPU. A change of it changes the bits of results.
 BATCH_INVARIANT_BLOCKS = 32
 
-# Rows of the query tile that costs are measured with.
+# Rows of the query tile that costs are measured with, and multiprocessors of the GPU.
 _TILE_ROWS = 64
+_H100_SMS = 132
 # The scheduler tries 16 payloads, from the equal share on, and one that is an overhead larger always works. Up to the
 # others its sums stay far below what it takes for "never".
 _MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_EIGHTHS = 15, 1023, 63
@@ -81,6 +82,30 @@ def formula_costs(rows: int) -> ScheduleCosts:
         combine_eighths=8 * (2 + 6 * used // _TILE_ROWS),
         piece_eighths=1 + used // _TILE_ROWS,
     )
+
+
+def indexed_costs(rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCosts:
+    """Costs of calls whose tokens are named by index.
+
+    A block takes a part two to three times as long as one of a dense cache, so that cutting costs fewer blocks. What a
+    piece costs is the combine kernel's time for its rows, of all requests together.
+
+    Parameters
+    ----------
+    rows : int
+        Heads of a query, 1 or more.
+    batch_size : int
+        Requests, 1 or more.
+    num_sm_parts : int
+        Parts of the schedule: the fewer there are, the more queries and tiles of heads share the GPU with each.
+
+    Returns
+    -------
+    ScheduleCosts
+        Measured on an H100.
+    """
+    tiles = _H100_SMS * batch_size / num_sm_parts * min(rows, _TILE_ROWS) / _TILE_ROWS  # of 64 rows, of all requests
+    return ScheduleCosts(overhead=2, combine_eighths=16, piece_eighths=min(int(tiles / 4 + 0.5), 4))
 
 
 # The work of a part on a block, and with it what everything else costs in blocks, is set by how full the tile of 64

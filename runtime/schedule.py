@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tilemla.allocate import allocator_for
-from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, select_schedule_costs
+from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, indexed_costs, select_schedule_costs
 from tilemla.launch import arch_of_device, gpu_name_of, module_for, num_sms_of
 from tilemla.plan import remember
 from tilemla.streams import current_device
@@ -220,6 +220,8 @@ class SchedulePlan:
     seq_len_q, window_left : int
         Queries of a request, and how many tokens before its own position each sees; with -1, which is all, the number
         of queries does not matter.
+    has_indices : bool
+        Whether tokens are named by index.
     costs : ScheduleCosts, optional
         What the schedules are made with; by default what was chosen for calls of the kind.
     get_mla_metadata : callable, optional
@@ -237,6 +239,7 @@ class SchedulePlan:
         *,
         seq_len_q: int = 1,
         window_left: int = NO_WINDOW,
+        has_indices: bool = False,
         costs: ScheduleCosts | None = None,
         get_mla_metadata: Callable[..., None] | None = None,
     ) -> None:
@@ -245,7 +248,9 @@ class SchedulePlan:
         self._schedule = get_mla_metadata or module_for(device, "get_mla_metadata").functions["get_mla_metadata"]
         self._metadata_shape = (num_sm_parts, METADATA_FIELDS)
         self._splits_shape = (batch_size + 1,)
-        costs = costs or costs_for(device, tokens_per_head_k, batch_size, num_sm_parts)
+        if costs is None:
+            of_kind = (tokens_per_head_k, batch_size, num_sm_parts)
+            costs = indexed_costs(*of_kind) if has_indices else costs_for(device, *of_kind)
         self._arguments = (*costs, seq_len_q, window_left)
 
     def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,6 +284,7 @@ def make_schedule(
     *,
     seq_len_q: int = 1,
     window_left: int = NO_WINDOW,
+    has_indices: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a schedule where ``cache_seqlens`` is, without a host round trip.
 
@@ -289,6 +295,8 @@ def make_schedule(
     num_sm_parts : int
         Parts to spread the requests over.
     tokens_per_head_k, seq_len_q, window_left : int
+        As for ``SchedulePlan``.
+    has_indices : bool
         As for ``SchedulePlan``.
 
     Returns
@@ -302,7 +310,13 @@ def make_schedule(
     if batch_size == 0:
         return _schedule_of_nothing(num_sm_parts, device)
     plan = SchedulePlan(
-        device, batch_size, num_sm_parts, tokens_per_head_k, seq_len_q=seq_len_q, window_left=window_left
+        device,
+        batch_size,
+        num_sm_parts,
+        tokens_per_head_k,
+        seq_len_q=seq_len_q,
+        window_left=window_left,
+        has_indices=has_indices,
     )
     return plan.run(cache_seqlens)
 
@@ -482,8 +496,9 @@ def _plan_for_topk(
     blocks = -(-topk // SCHEDULING_BLOCK)
     every = torch.full_like(lengths, blocks * SCHEDULING_BLOCK)
     if is_traced:
-        return torch.ops.tilemla.get_mla_metadata(every, rows, heads_k * queries)  # type: ignore[no-any-return]
-    return make_schedule(every, num_sm_parts_for(num_sms_of(device), rows, heads_k * queries), rows)
+        return torch.ops.tilemla.get_mla_metadata(every, rows, heads_k * queries, has_indices=True)  # type: ignore[no-any-return]
+    num_sm_parts = num_sm_parts_for(num_sms_of(device), rows, heads_k * queries)
+    return make_schedule(every, num_sm_parts, rows, has_indices=True)
 
 
 # What the calls with arguments that were checked came to. A CPU's lengths are checked each time.

@@ -40,9 +40,8 @@ def _get_mla_metadata_of_indices(
     from tilemla.sparse import count_tokens
 
     lengths = count_tokens(indices, topk_length, extra_indices, extra_topk_length)
-    return make_schedule(
-        lengths, num_sm_parts_for(num_sms_of(indices.device), num_heads_q, indices.shape[1]), num_heads_q
-    )
+    num_sm_parts = num_sm_parts_for(num_sms_of(indices.device), num_heads_q, indices.shape[1])
+    return make_schedule(lengths, num_sm_parts, num_heads_q, has_indices=True)
 
 
 @fake("get_mla_metadata_of_indices")

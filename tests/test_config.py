@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tilemla.config import DEFAULT_CONFIG, KernelConfig
-from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, formula_costs, select_schedule_costs, shape_class
+from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, formula_costs, indexed_costs, select_schedule_costs, shape_class
 from tilemla.dsl import make_programs
 from tilemla.spec import SUPPORTED_SPECS, KernelSpec
 from tilemla.tuning.candidates import COST_VALUES, list_configs, list_costs, parse_parameters
@@ -111,6 +111,24 @@ def test_the_formula_grows_with_the_rows_of_a_tile_and_stays_valid(rows):
     assert costs.why_invalid() is None
     assert all(a <= b for a, b in zip(costs, formula_costs(rows + 1), strict=True))
     assert formula_costs(64) == formula_costs(4096) == ScheduleCosts(5, 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "num_sm_parts", "piece_eighths"),
+    # Measured on an H100: one request of 128 heads, four, eight; one of four queries; 64 heads; 16.
+    [
+        (128, 1, 66, 1),
+        (128, 4, 66, 2),
+        (128, 8, 66, 4),
+        (128, 1, 16, 2),
+        (64, 4, 132, 1),
+        (16, 1, 132, 0),
+        (16, 64, 132, 4),
+    ],
+)
+def test_costs_of_calls_with_indices_follow_the_rows_that_are_merged(rows, batch_size, num_sm_parts, piece_eighths):
+    costs = indexed_costs(rows, batch_size, num_sm_parts)
+    assert costs == ScheduleCosts(2, 16, piece_eighths) and costs.why_invalid() is None
 
 
 def test_every_call_has_a_class_and_every_class_a_call():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tilemla
 from reference import check_schedule
 from schedules import BLOCK_N, spread_schedule, walk
+from tilemla import schedule
 from tilemla.costs import ScheduleCosts, formula_costs
 from tilemla.launch import module_for
 
@@ -49,6 +50,17 @@ def best_plan(blocks, num_sm_parts, costs):
             if best is None or cost < best[0]:
                 best = cost, parts
     return best[1]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "topk", "pieces"), [(1, 512, 8), (8, 512, 4), (1, 2048, 16), (4, 2048, 11), (64, 2048, 1)]
+)
+def test_lists_of_indices_are_cut_as_deep_as_pays(device, batch_size, topk, pieces):
+    """With 128 heads and the 66 parts of an H100, where that was measured; costs of a dense cache cut 512 nowhere."""
+    lengths = torch.full((batch_size,), topk, dtype=torch.int32, device=device)
+    for has_indices, expected in ((True, pieces), (False, {512: 1, 2048: 11 if batch_size < 64 else 1}[topk])):
+        _, splits = schedule.make_schedule(lengths, 66, 128, has_indices=has_indices)
+        assert splits.diff().max() == expected
 
 
 lengths_strategy = st.lists(

@@ -316,6 +316,18 @@ def test_plans_with_arguments(device):
             decode_sparse(case, inputs, tilemla.get_mla_metadata(lengths, 2 * 20, 1, 20, True, 100))
 
 
+def test_plans_agree(device):
+    """What the first call plans for lists that all count is what a plan with arguments is."""
+    case = dataclasses.replace(LENGTHS, main=List(1500, 9), extra=None)
+    inputs = make_sparse_inputs(case).to(device)
+    planned, _ = tilemla.get_mla_metadata()
+    check_result(*decode_sparse(case, inputs, (planned, None)), sparse_reference(case, inputs))
+    lengths = torch.zeros(case.batch_size, dtype=torch.int32, device=device)
+    rows = case.seq_len_q * case.num_heads_q
+    metadata, splits = tilemla.get_mla_metadata(lengths, rows, 1, case.num_heads_q, True, 1500)
+    assert torch.equal(planned.tile_scheduler_metadata, metadata) and torch.equal(planned.num_splits, splits)
+
+
 @by_format
 def test_batch_invariance(device, form):
     """A request's bits do not depend on its neighbours, nor on the schedule that is given."""
