@@ -317,14 +317,15 @@ def test_plans_with_arguments(device):
 
 
 def test_plans_agree(device):
-    """What the first call plans for lists that all count is what a plan with arguments is."""
-    case = dataclasses.replace(LENGTHS, main=List(1500, 9), extra=None)
+    """What the first call plans for lists that all count is what a plan with arguments is: here one that cuts."""
+    case = dataclasses.replace(LENGTHS, batch_size=1, seq_len_q=1, num_heads_q=64, main=List(512, 9), extra=None)
     inputs = make_sparse_inputs(case).to(device)
     planned, _ = tilemla.get_mla_metadata()
     check_result(*decode_sparse(case, inputs, (planned, None)), sparse_reference(case, inputs))
     lengths = torch.zeros(case.batch_size, dtype=torch.int32, device=device)
     rows = case.seq_len_q * case.num_heads_q
-    metadata, splits = tilemla.get_mla_metadata(lengths, rows, 1, case.num_heads_q, True, 1500)
+    metadata, splits = tilemla.get_mla_metadata(lengths, rows, 1, case.num_heads_q, True, 512)
+    assert splits[1] > 1
     assert torch.equal(planned.tile_scheduler_metadata, metadata) and torch.equal(planned.num_splits, splits)
 
 
