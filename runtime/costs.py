@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tilemla.spec import NARROW_ROWS
+
 # Blocks of 64 tokens between two cuts of a request in a batch-invariant call: many enough that merging costs little,
 # few enough that a long request is spread over the GPU. A change of it changes the bits of results.
 BATCH_INVARIANT_BLOCKS = 32
@@ -84,16 +86,24 @@ def formula_costs(rows: int) -> ScheduleCosts:
     )
 
 
-def indexed_costs(rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCosts:
-    """Costs of calls whose tokens are named by index.
+# What a call attends to: pages of 16 bits an element, whose costs the tuner chooses, pages in FP8, tokens by index.
+CALL_KINDS = ("dense", "fp8", "indexed")
+# Overhead and costs of cutting where blocks take a part longer than those of a 16-bit cache, or shorter.
+_MEASURED = {"fp8": (3, 40), "indexed": (2, 16)}
 
-    A block takes a part two to three times as long as one of a dense cache, so that cutting costs fewer blocks. What a
-    piece costs is the combine kernel's time for its rows, of all requests together.
+
+def costs_of_kind(kind: str, rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCosts | None:
+    """Costs of calls that the tuner does not know.
+
+    A block of tokens named by index takes a part two to three times as long as a page, so that cutting costs fewer
+    blocks. What a piece costs is the combine kernel's time for its rows, of all requests together.
 
     Parameters
     ----------
+    kind : str
+        Of ``CALL_KINDS``.
     rows : int
-        Heads of a query, 1 or more.
+        Rows of queries that share the tokens of a part: those of a KV head, or heads of a query; 1 or more.
     batch_size : int
         Requests, 1 or more.
     num_sm_parts : int
@@ -101,11 +111,14 @@ def indexed_costs(rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCost
 
     Returns
     -------
-    ScheduleCosts
-        Measured on an H100.
+    ScheduleCosts or None
+        Measured on an H100; None where `select_schedule_costs` is as good.
     """
+    if kind not in _MEASURED or (kind == "fp8" and rows <= NARROW_ROWS):
+        return None
+    overhead, combine_eighths = _MEASURED[kind]
     tiles = _H100_SMS * batch_size / num_sm_parts * min(rows, _TILE_ROWS) / _TILE_ROWS  # of 64 rows, of all requests
-    return ScheduleCosts(overhead=2, combine_eighths=16, piece_eighths=min(int(tiles / 4 + 0.5), 4))
+    return ScheduleCosts(overhead, combine_eighths, piece_eighths=min(int(tiles / 4 + 0.5), 4))
 
 
 # The work of a part on a block, and with it what everything else costs in blocks, is set by how full the tile of 64

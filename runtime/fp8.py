@@ -114,14 +114,14 @@ def get_mla_metadata_dense_fp8(
     Returns
     -------
     tile_scheduler_metadata, num_splits
-        What ``get_mla_metadata`` returns: a plan does not depend on the format of the cache.
+        What ``get_mla_metadata`` returns with ``is_fp8_kvcache``.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
         As ``get_mla_metadata``.
     """
-    return get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+    return get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, is_fp8_kvcache=True)
 
 
 def flash_mla_with_kvcache_fp8(

@@ -161,7 +161,7 @@ def _make(
         rows,
         seq_len_q=config.seq_len_q,
         window_left=config.window_left,
-        has_indices=isinstance(config, SparseScheduleConfig),
+        kind=config.kind,
     )
 
 

@@ -21,7 +21,7 @@ _DECODE_ARGUMENTS = (
 library: Any = torch.library.Library("tilemla", "DEF")  # type: ignore[no-untyped-call]
 library.define(
     "get_mla_metadata(Tensor cache_seqlens, int num_q_tokens_per_head_k, int num_heads_k, int seq_len_q=1, "
-    "int window_left=-1, bool has_indices=False) -> (Tensor, Tensor)"
+    "int window_left=-1, str kind='dense') -> (Tensor, Tensor)"
 )
 library.define(f"flash_mla_with_kvcache({_DECODE_ARGUMENTS}) -> (Tensor, Tensor)")
 library.define(f"flash_mla_with_kvcache_out({_DECODE_ARGUMENTS}, Tensor(a!) out, Tensor(b!) softmax_lse) -> ()")
@@ -56,20 +56,20 @@ def _get_mla_metadata(
     num_heads_k: int,
     seq_len_q: int = 1,
     window_left: int = -1,
-    has_indices: bool = False,
+    kind: str = "dense",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from tilemla.launch import num_sms_of
     from tilemla.schedule import get_mla_metadata, make_schedule, num_sm_parts_for
 
-    if window_left < 0 and not has_indices:
-        return get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+    if window_left < 0 and kind != "indexed":
+        return get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, is_fp8_kvcache=kind == "fp8")
     return make_schedule(
         cache_seqlens,
         num_sm_parts_for(num_sms_of(cache_seqlens.device), num_q_tokens_per_head_k, num_heads_k),
         num_q_tokens_per_head_k,
         seq_len_q=seq_len_q,
         window_left=window_left,
-        has_indices=has_indices,
+        kind=kind,
     )
 
 
@@ -80,7 +80,7 @@ def _fake_get_mla_metadata(
     num_heads_k: int,
     seq_len_q: int = 1,
     window_left: int = -1,
-    has_indices: bool = False,
+    kind: str = "dense",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from tilemla.launch import num_sms_of
     from tilemla.schedule import num_sm_parts_for

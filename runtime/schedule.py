@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tilemla.allocate import allocator_for
-from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, indexed_costs, select_schedule_costs
+from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, costs_of_kind, select_schedule_costs
 from tilemla.launch import arch_of_device, gpu_name_of, module_for, num_sms_of
 from tilemla.plan import remember
 from tilemla.streams import current_device
@@ -34,6 +34,12 @@ class ScheduleConfig(NamedTuple):
     causal: bool
     device: torch.device
     window_left: int
+    is_fp8: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of ``costs.CALL_KINDS``."""
+        return "fp8" if self.is_fp8 else "dense"
 
     @property
     def tokens_per_head_k(self) -> int:
@@ -47,7 +53,8 @@ class ScheduleConfig(NamedTuple):
         _, page_block_size, num_heads_k, _ = k_cache.shape
         # The last query sees every token: with one query the mask changes nothing.
         causal = causal and seq_len_q > 1
-        return cls(batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size, causal, q.device, window_left)
+        sizes = (batch_size, seq_len_q, num_heads_q, num_heads_k, page_block_size)
+        return cls(*sizes, causal, q.device, window_left, is_fp8=k_cache.element_size() == 1)
 
 
 class SparseScheduleConfig(NamedTuple):
@@ -89,6 +96,11 @@ class SparseScheduleConfig(NamedTuple):
             None if extra_indices is None else extra_indices.shape[2],
             q.device,
         )
+
+    @property
+    def kind(self) -> str:
+        """Of ``costs.CALL_KINDS``."""
+        return "indexed"
 
     @property
     def num_heads_k(self) -> int:
@@ -220,8 +232,8 @@ class SchedulePlan:
     seq_len_q, window_left : int
         Queries of a request, and how many tokens before its own position each sees; with -1, which is all, the number
         of queries does not matter.
-    has_indices : bool
-        Whether tokens are named by index.
+    kind : str
+        Of ``costs.CALL_KINDS``.
     costs : ScheduleCosts, optional
         What the schedules are made with; by default what was chosen for calls of the kind.
     get_mla_metadata : callable, optional
@@ -239,7 +251,7 @@ class SchedulePlan:
         *,
         seq_len_q: int = 1,
         window_left: int = NO_WINDOW,
-        has_indices: bool = False,
+        kind: str = "dense",
         costs: ScheduleCosts | None = None,
         get_mla_metadata: Callable[..., None] | None = None,
     ) -> None:
@@ -249,8 +261,8 @@ class SchedulePlan:
         self._metadata_shape = (num_sm_parts, METADATA_FIELDS)
         self._splits_shape = (batch_size + 1,)
         if costs is None:
-            of_kind = (tokens_per_head_k, batch_size, num_sm_parts)
-            costs = indexed_costs(*of_kind) if has_indices else costs_for(device, *of_kind)
+            sizes = (tokens_per_head_k, batch_size, num_sm_parts)
+            costs = costs_of_kind(kind, *sizes) or costs_for(device, *sizes)
         self._arguments = (*costs, seq_len_q, window_left)
 
     def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,7 +296,7 @@ def make_schedule(
     *,
     seq_len_q: int = 1,
     window_left: int = NO_WINDOW,
-    has_indices: bool = False,
+    kind: str = "dense",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a schedule where ``cache_seqlens`` is, without a host round trip.
 
@@ -296,7 +308,7 @@ def make_schedule(
         Parts to spread the requests over.
     tokens_per_head_k, seq_len_q, window_left : int
         As for ``SchedulePlan``.
-    has_indices : bool
+    kind : str
         As for ``SchedulePlan``.
 
     Returns
@@ -316,7 +328,7 @@ def make_schedule(
         tokens_per_head_k,
         seq_len_q=seq_len_q,
         window_left=window_left,
-        has_indices=has_indices,
+        kind=kind,
     )
     return plan.run(cache_seqlens)
 
@@ -417,7 +429,7 @@ def get_mla_metadata(
     num_heads_q : int, optional
         Accepted for upstream's sake; the plan does not depend on it.
     is_fp8_kvcache : bool
-        Accepted for upstream's sake; the plan does not depend on it.
+        Whether the cache is in FP8: requests are then cut where that pays there. Any plan serves any cache.
     topk : int, optional
         For calls with ``indices``: how many a query has. ``cache_seqlens`` then says how many requests there are alone.
 
@@ -443,8 +455,11 @@ def get_mla_metadata(
         return _plan_for_topk(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q, topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return FlashMLASchedMeta(), None
+    of_cache = "fp8" if is_fp8_kvcache else "dense"
     if is_dynamo_compiling():
-        return torch.ops.tilemla.get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)  # type: ignore[no-any-return]
+        return torch.ops.tilemla.get_mla_metadata(  # type: ignore[no-any-return]
+            cache_seqlens, num_q_tokens_per_head_k, num_heads_k, kind=of_cache
+        )
     # A call like one that was checked before; what the module refuses is checked again below, and named in the words of
     # this interface.
     lengths: Any = cache_seqlens
@@ -458,6 +473,7 @@ def get_mla_metadata(
             num_heads_k.__class__,
             num_heads_q,
             num_heads_q.__class__,
+            is_fp8_kvcache,
         )
         return _plans[kind].run(lengths)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
@@ -469,9 +485,9 @@ def get_mla_metadata(
         check_int("num_heads_q", num_heads_q, 1)
     device, batch_size = lengths.device, lengths.shape[0]
     num_sm_parts = num_sm_parts_for(num_sms_of(device), tokens_per_head_k, heads_k)
-    schedule = make_schedule(lengths, num_sm_parts, tokens_per_head_k)
+    schedule = make_schedule(lengths, num_sm_parts, tokens_per_head_k, kind=of_cache)
     if batch_size and device.type == "cuda":
-        remember(_plans, kind, SchedulePlan(device, batch_size, num_sm_parts, tokens_per_head_k))
+        remember(_plans, kind, SchedulePlan(device, batch_size, num_sm_parts, tokens_per_head_k, kind=of_cache))
     return schedule
 
 
@@ -496,9 +512,9 @@ def _plan_for_topk(
     blocks = -(-topk // SCHEDULING_BLOCK)
     every = torch.full_like(lengths, blocks * SCHEDULING_BLOCK)
     if is_traced:
-        return torch.ops.tilemla.get_mla_metadata(every, rows, heads_k * queries, has_indices=True)  # type: ignore[no-any-return]
+        return torch.ops.tilemla.get_mla_metadata(every, rows, heads_k * queries, kind="indexed")  # type: ignore[no-any-return]
     num_sm_parts = num_sm_parts_for(num_sms_of(device), rows, heads_k * queries)
-    return make_schedule(every, num_sm_parts, rows, has_indices=True)
+    return make_schedule(every, num_sm_parts, rows, kind="indexed")
 
 
 # What the calls with arguments that were checked came to. A CPU's lengths are checked each time.

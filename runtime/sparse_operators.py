@@ -41,7 +41,7 @@ def _get_mla_metadata_of_indices(
 
     lengths = count_tokens(indices, topk_length, extra_indices, extra_topk_length)
     num_sm_parts = num_sm_parts_for(num_sms_of(indices.device), num_heads_q, indices.shape[1])
-    return make_schedule(lengths, num_sm_parts, num_heads_q, has_indices=True)
+    return make_schedule(lengths, num_sm_parts, num_heads_q, kind="indexed")
 
 
 @fake("get_mla_metadata_of_indices")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tilemla.config import DEFAULT_CONFIG, KernelConfig
-from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, formula_costs, indexed_costs, select_schedule_costs, shape_class
+from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, costs_of_kind, formula_costs, select_schedule_costs, shape_class
 from tilemla.dsl import make_programs
 from tilemla.spec import SUPPORTED_SPECS, KernelSpec
 from tilemla.tuning.candidates import COST_VALUES, list_configs, list_costs, parse_parameters
@@ -127,8 +127,13 @@ def test_the_formula_grows_with_the_rows_of_a_tile_and_stays_valid(rows):
     ],
 )
 def test_costs_of_calls_with_indices_follow_the_rows_that_are_merged(rows, batch_size, num_sm_parts, piece_eighths):
-    costs = indexed_costs(rows, batch_size, num_sm_parts)
+    costs = costs_of_kind("indexed", rows, batch_size, num_sm_parts)
     assert costs == ScheduleCosts(2, 16, piece_eighths) and costs.why_invalid() is None
+
+
+def test_costs_of_fp8_caches_are_measured_where_blocks_take_longer():
+    assert costs_of_kind("fp8", 128, 1, 66) == ScheduleCosts(3, 40, 1)
+    assert costs_of_kind("fp8", 16, 1, 132) is None and costs_of_kind("dense", 128, 1, 66) is None
 
 
 def test_every_call_has_a_class_and_every_class_a_call():

@@ -102,6 +102,18 @@ def test_pages_of_bytes_may_lie_apart(device):
         check_result(*result, reference(inputs, BYTES, held))
 
 
+def test_plans_agree(device):
+    """The first call plans as a plan with arguments does: as pays for FP8, and not as pays for 16 bits."""
+    case = Case((700, 640), 1, 64)
+    inputs, held = quantised(case, device)
+    planned, _ = tilemla.get_mla_metadata()
+    check_result(*decode(inputs, case, (planned, None)), reference(inputs, case, held))
+    metadata, splits = tilemla.get_mla_metadata(inputs.cache_seqlens, 64, 1, 64, True)
+    assert torch.equal(planned.tile_scheduler_metadata, metadata) and torch.equal(planned.num_splits, splits)
+    assert torch.equal(tilemla.get_mla_metadata_dense_fp8(inputs.cache_seqlens, 64, 1)[1], splits)
+    assert not torch.equal(tilemla.get_mla_metadata(inputs.cache_seqlens, 64, 1)[1], splits)
+
+
 def test_options_of_a_cache_of_bytes(device):
     inputs, _ = quantised(BYTES, device)
     expected = decode(inputs, BYTES)

@@ -58,8 +58,8 @@ def best_plan(blocks, num_sm_parts, costs):
 def test_lists_of_indices_are_cut_as_deep_as_pays(device, batch_size, topk, pieces):
     """With 128 heads and the 66 parts of an H100, where that was measured; costs of a dense cache cut 512 nowhere."""
     lengths = torch.full((batch_size,), topk, dtype=torch.int32, device=device)
-    for has_indices, expected in ((True, pieces), (False, {512: 1, 2048: 11 if batch_size < 64 else 1}[topk])):
-        _, splits = schedule.make_schedule(lengths, 66, 128, has_indices=has_indices)
+    for kind, expected in (("indexed", pieces), ("dense", {512: 1, 2048: 11 if batch_size < 64 else 1}[topk])):
+        _, splits = schedule.make_schedule(lengths, 66, 128, kind=kind)
         assert splits.diff().max() == expected
 
 
