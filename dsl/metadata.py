@@ -121,21 +121,23 @@ def _start_play(played, payload):
 @T.macro
 def _play_request(played, num_blocks, payload, may_cut, overhead):
     """Count on with a request of so many blocks; too many parts if the plan fails."""
-    if num_blocks + overhead <= played[_LEFT]:
-        played[_LEFT] -= num_blocks + overhead
-    elif may_cut != 0:
-        # what the open part does not take, in pieces as large as a part of their own allows
-        room = payload - overhead
-        rest = T.alloc_var("int32", init=num_blocks - T.max(played[_LEFT] - overhead, 0))
-        pieces = T.alloc_var("int32", init=1)
-        if rest > room:  # seldom: a division takes longer than all of the rest
+    # Without branches but for what is seldom: this is what lanes of a warp wait for, for each request.
+    room = payload - overhead  # for blocks in a part of their own
+    fits = num_blocks + overhead <= played[_LEFT]
+    taken = T.alloc_var("int32", init=T.Select(may_cut != 0, T.max(played[_LEFT] - overhead, 0), 0))
+    rest = T.alloc_var("int32", init=num_blocks - taken)  # of a request that does not fit: for the parts after
+    pieces = T.alloc_var("int32", init=1)
+    left = T.alloc_var("int32", init=room - rest)
+    if T.Not(fits) & (rest > room):
+        if may_cut != 0:
             pieces = T.truncdiv(rest + room - 1, room)
-        played[_PARTS] += pieces
-        played[_MOST_PIECES] = T.max(played[_MOST_PIECES], pieces + T.if_then_else(played[_LEFT] > overhead, 1, 0))
-        played[_LEFT] = room - (rest - (pieces - 1) * room)
-    else:
-        played[_PARTS] += T.if_then_else(num_blocks + overhead <= payload, 1, _NEVER)
-        played[_LEFT] = payload - overhead - num_blocks
+            left = room - (rest - (pieces - 1) * room)
+        else:
+            pieces = _NEVER
+    cut = T.alloc_var("int32", init=T.Select(T.Not(fits) & (may_cut != 0), pieces + T.Select(taken > 0, 1, 0), 1))
+    played[_PARTS] += T.Select(fits, 0, pieces)
+    played[_MOST_PIECES] = T.max(played[_MOST_PIECES], cut)
+    played[_LEFT] = T.Select(fits, played[_LEFT] - num_blocks - overhead, left)
 
 
 def _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths):
@@ -271,8 +273,11 @@ def make_metadata_program_sm90() -> Program:
                 load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
                 T.sync_threads()
                 if _plan_payload(tx, share) > overhead:
+                    # Read one ahead: the latency of shared memory is not waited for.
+                    following = T.alloc_var("int32", init=end_shared[0] - first_shared[0])
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
-                        num_blocks = T.alloc_var("int32", init=end_shared[at] - first_shared[at])
+                        num_blocks = T.alloc_var("int32", init=following)
+                        following = end_shared[T.min(at + 1, _CHUNK - 1)] - first_shared[T.min(at + 1, _CHUNK - 1)]
                         _play_request(played, num_blocks, _plan_payload(tx, share), _plan_may_cut(tx), overhead)
             if _plan_payload(tx, share) > overhead:
                 cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
@@ -293,9 +298,13 @@ def make_metadata_program_sm90() -> Program:
                     load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
                 T.sync_threads()
                 if tx == 0:
+                    following_first = T.alloc_var("int32", init=first_shared[0])
+                    following_end = T.alloc_var("int32", init=end_shared[0])
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
-                        blocks[_FIRST] = first_shared[at]
-                        blocks[_END] = end_shared[at]
+                        blocks[_FIRST] = following_first
+                        blocks[_END] = following_end
+                        following_first = first_shared[T.min(at + 1, _CHUNK - 1)]
+                        following_end = end_shared[T.min(at + 1, _CHUNK - 1)]
                         _walk_request(
                             tile_scheduler_metadata,
                             num_splits,
