@@ -13,7 +13,8 @@ from tilemla.kv_formats import FP8_LAYOUTS
 from tilemla.launch import kernels_for
 from tilemla.options import DEFAULT_OPTIONS, Options, check_attn_sink, check_results
 from tilemla.plan import exact_values
-from tilemla.schedule import FlashMLASchedMeta, get_mla_metadata
+from tilemla.sched_meta import FlashMLASchedMeta
+from tilemla.schedule import get_mla_metadata
 from tilemla.sparse_validate import (
     check_byte_cache,
     check_descale,

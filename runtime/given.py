@@ -7,14 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tilemla.schedule import (
-    FlashMLASchedMeta,
-    ScheduleConfig,
-    SparseScheduleConfig,
-    derive_num_splits,
-    make_schedule,
-    num_sm_parts_for,
-)
+from tilemla.sched_meta import FlashMLASchedMeta, ScheduleConfig, SparseScheduleConfig
+from tilemla.schedule import derive_num_splits, make_schedule, num_sm_parts_for
 from tilemla.streams import capture_id, is_capturing
 from tilemla.validate import check_schedule_tensors, check_tile_scheduler_metadata
 

@@ -21,7 +21,8 @@ from tilemla.options import (
     has_heads_side_by_side,
 )
 from tilemla.plan import DecodePlan, exact_values, remember
-from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig, get_mla_metadata, make_batch_invariant_schedule
+from tilemla.sched_meta import FlashMLASchedMeta, ScheduleConfig
+from tilemla.schedule import get_mla_metadata, make_batch_invariant_schedule
 from tilemla.sparse import decode_chosen
 from tilemla.sparse_validate import check_no_indices
 from tilemla.validate import check_bool, check_cpu_pages, check_cpu_schedule, check_decode_arguments, check_tma_layout

@@ -208,7 +208,7 @@ def decode_in_graph(
     ``formats`` are ``is_fp8_kvcache`` or None, and the arguments of calls with indices.
     """
     from tilemla.options import kernel_window, refuse_formats
-    from tilemla.schedule import FlashMLASchedMeta, ScheduleConfig
+    from tilemla.sched_meta import FlashMLASchedMeta, ScheduleConfig
 
     if formats[1] is not None:  # indices
         from tilemla.sparse_operators import decode_chosen_in_graph

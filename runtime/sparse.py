@@ -11,7 +11,8 @@ from tilemla.given import find_schedule, recall_schedule
 from tilemla.launch import module_of_kind, num_sms_of
 from tilemla.options import Options, check_attn_sink, check_results, has_heads_side_by_side
 from tilemla.plan import exact_values, log2_scale, remember
-from tilemla.schedule import SparseScheduleConfig, make_batch_invariant_schedule
+from tilemla.sched_meta import SparseScheduleConfig
+from tilemla.schedule import make_batch_invariant_schedule
 from tilemla.sparse_plan import ListPlan, SparsePlan, TokenList
 from tilemla.sparse_validate import (
     check_chosen_cache,

@@ -172,7 +172,7 @@ def decode_chosen_in_graph(
 
     ``formats`` are ``is_fp8_kvcache`` or None, and the arguments of the lists. Most are checked when it runs.
     """
-    from tilemla.schedule import FlashMLASchedMeta, SparseScheduleConfig
+    from tilemla.sched_meta import FlashMLASchedMeta, SparseScheduleConfig
     from tilemla.sparse_validate import FP8_FORMATS, check_no_mask
 
     is_fp8_kvcache, indices, extra_k_cache, extra_indices, topk_length, extra_topk_length = formats
