@@ -277,7 +277,8 @@ def make_metadata_program_sm90() -> Program:
                     following = T.alloc_var("int32", init=end_shared[0] - first_shared[0])
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
                         num_blocks = T.alloc_var("int32", init=following)
-                        following = end_shared[T.min(at + 1, _CHUNK - 1)] - first_shared[T.min(at + 1, _CHUNK - 1)]
+                        ahead = T.min(at + 1, _CHUNK - 1)
+                        following = end_shared[ahead] - first_shared[ahead]
                         _play_request(played, num_blocks, _plan_payload(tx, share), _plan_may_cut(tx), overhead)
             if _plan_payload(tx, share) > overhead:
                 cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
@@ -303,8 +304,9 @@ def make_metadata_program_sm90() -> Program:
                     for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
                         blocks[_FIRST] = following_first
                         blocks[_END] = following_end
-                        following_first = first_shared[T.min(at + 1, _CHUNK - 1)]
-                        following_end = end_shared[T.min(at + 1, _CHUNK - 1)]
+                        ahead = T.min(at + 1, _CHUNK - 1)
+                        following_first = first_shared[ahead]
+                        following_end = end_shared[ahead]
                         _walk_request(
                             tile_scheduler_metadata,
                             num_splits,
