@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Modules that tests generate are kept beside the checkout's other caches, so that the next run finds them.
 os.environ.setdefault("TILEMLA_CACHE_DIR", str(ROOT / ".cache" / "tilemla"))
+
+# A shell's background job ignores interrupts, and with it the processes that tests start and interrupt would.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _COMMON = dict(
     deadline=None,  # the first example of a process may build a module
