@@ -44,9 +44,7 @@ def num_sm_parts_for(num_sms: int, tokens_per_head_k: int, num_heads_k: int) -> 
 
 
 @functools.lru_cache(maxsize=4096)
-def costs_for(
-    device: torch.device, rows: int, batch_size: int, num_sm_parts: int, kind: str = "dense"
-) -> ScheduleCosts:
+def costs_for(device: torch.device, rows: int, batch_size: int, num_sm_parts: int, kind: str) -> ScheduleCosts:
     """What a schedule on a device is made with: ``costs_of_kind``, or ``select_schedule_costs`` of the device's table.
 
     Raises
