@@ -1,6 +1,7 @@
 """What can be tuned: configurations and costs, what is valid, what is tried, and how a call's costs are chosen."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -23,6 +24,7 @@ def test_the_default_is_valid_everywhere(spec):
     "spec, changes, reason",
     [
         (SM90, dict(short_piece=-1), "short_piece must be 0 to 2147483647, got -1"),
+        (SM90, dict(evict_normal_blocks=2**31), "evict_normal_blocks must be 0 to 1073741824, got 2147483648"),
         (SM90, dict(groups_left_at_handover=4), "groups_left_at_handover must be 0 to 3, got 4"),
         (SM90, dict(full_grid=2**31), "full_grid must be 0 to 2147483647, got 2147483648"),
         (SM90, dict(splits_ahead=12), "splits_ahead must be one of 2, 4, 8, got 12"),
@@ -38,6 +40,21 @@ def test_what_is_invalid_says_why_and_is_neither_tried_nor_built(spec, changes, 
     [(name, value)] = changes.items()
     with pytest.raises(ValueError, match=reason):
         list_configs(spec, {name: [value]})
+
+
+@pytest.mark.parametrize("kv_format", ["dense", "dense_fp8"])
+def test_the_loading_warp_heeds_which_blocks_leave_l2_first(kv_format):
+    spec = KernelSpec(arch="sm_90a", kv_format=kv_format)
+    config = KernelConfig(short_piece=12345, evict_normal_blocks=23456)
+    text = make_programs(spec, config)["mla_decode"].func.script()
+    # seek() says from which block on, and load() has a way for those and one for the blocks before them.
+    assert text.count("> 12345") == text.count("+ 23456") > 0
+    ways = re.findall(r"( +)if cursor\[1\] >= cursor\[3\]:\n(.*?)\n\1else:\n(.*?)\n(?!\1 )", text, re.DOTALL)
+    assert ways
+    for _, first_to_go, normal in ways:
+        loads = first_to_go.count("T.tma_copy(")
+        assert loads == first_to_go.count("eviction_policy=1") == normal.count("T.tma_copy(") > 0
+        assert "eviction_policy" not in normal
 
 
 def test_a_configuration_comes_back_from_its_fields():

@@ -21,7 +21,7 @@ def make_loader(head_dim_v: int, config: KernelConfig) -> tuple[Any, Any]:
     head_dim_v : int
         Latent columns of an item.
     config : KernelConfig
-        Its ``short_piece``.
+        Its ``short_piece`` and ``evict_normal_blocks``.
     """
 
     @T.macro

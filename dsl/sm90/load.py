@@ -20,9 +20,9 @@ from tilemla.dsl.sm90.tile import (
 )
 
 # The load cursor, a local int32 buffer: the next item to load. BLOCK is that block, or -1 - block before the Q tile of
-# its request is loaded; IS_SHORT says whether the piece is short. PAGE and what follows are page ids, read one item
-# ahead so that the latency of the block table is hidden.
-REQUEST, BLOCK, END, IS_SHORT, PAGE = range(5)
+# its request is loaded; blocks from EVICT_FIRST on are the first to be evicted from L2. PAGE and what follows are page
+# ids, read one item ahead so that the latency of the block table is hidden.
+REQUEST, BLOCK, END, EVICT_FIRST, PAGE = range(5)
 
 _LANES = 32
 
@@ -41,7 +41,7 @@ def make_walk(
     Parameters
     ----------
     config : KernelConfig
-        Its ``short_piece``.
+        Its ``short_piece`` and ``evict_normal_blocks``.
     read_page_ids : macro
         ``(cursor, t)``: those of the block that the cursor is at.
     copy_q, copy_block : macro
@@ -61,7 +61,9 @@ def make_walk(
             if end > begin:
                 cursor[BLOCK] = -1 - begin
                 cursor[END] = end
-                cursor[IS_SHORT] = T.if_then_else(end - begin <= config.short_piece, 1, 0)
+                cursor[EVICT_FIRST] = 0
+                if (end - begin > config.short_piece) & (cursor[REQUEST] == t.part.begin_request):
+                    cursor[EVICT_FIRST] = begin + config.evict_normal_blocks
             else:
                 cursor[REQUEST] += 1
 
@@ -75,7 +77,7 @@ def make_walk(
                 cursor[BLOCK] = -1 - cursor[BLOCK]
                 read_page_ids(cursor, t)
             else:
-                if cursor[IS_SHORT] != 0:
+                if cursor[BLOCK] >= cursor[EVICT_FIRST]:
                     copy_block(stage, "evict_first", cursor, t)
                 else:
                     copy_block(stage, None, cursor, t)
@@ -99,7 +101,7 @@ def make_loader(page_block_size: int, head_dim_qk: int, config: KernelConfig) ->
     head_dim_qk : int
         Columns of an item.
     config : KernelConfig
-        Its ``short_piece``.
+        Its ``short_piece`` and ``evict_normal_blocks``.
     """
     thirds = columns_of_thirds(head_dim_qk)
     pages = max(BLOCK_N // page_block_size, 1)  # of a block

@@ -13,6 +13,7 @@ from tilemla.spec import KernelSpec
 # Values that are tried, each by itself, beside the default's of all other fields: a build takes half a minute.
 CONFIG_VALUES: dict[str, tuple[int, ...]] = {
     "short_piece": (0, 8, 32, 64, 2**20),
+    "evict_normal_blocks": (0, 8, 32, 2**20),
     "groups_left_at_handover": (0, 2),
     "full_grid": (1024, 16384),
     "splits_ahead": (2, 4),
