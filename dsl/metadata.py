@@ -25,10 +25,13 @@ _BEGIN_REQUEST, _BEGIN_BLOCK, _BEGIN_SPLIT, _PART, _REMAINING, _BLOCK, _SPLIT, _
 
 _FIRST, _END, _PREVIOUS_END, _BLOCKS_SIZE = range(4)  # of the request that is walked, and the one before it
 _PAYLOADS = 16  # that are tried, from the equal share on
-_PARTS, _MOST_PIECES, _LEFT, _PLAYED_SIZE = range(4)  # of the state of a plan that is played
+# Of the state of a plan that is played: parts so far, what the open one may still take, cuts of all requests; which
+# request the open part begins with, which split of it, and what was left then; cuts of the request that is cut most.
+_PARTS, _LEFT, _CUTS, _OPENED_BY, _OPENED_SPLIT, _OPENED_LEFT, _MOST_CUTS, _PLAYED_SIZE = range(8)
+_NUM_MARKED = _MOST_CUTS  # of these, a walk goes on from the first ones
 _NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
 _CHUNK = 1024  # lengths staged through shared memory at a time
-_THREADS = 2 * _PAYLOADS  # one warp: a lane a plan
+_THREADS = 2 * _PAYLOADS  # one warp: a lane a plan, then a lane a segment of the requests
 _LOADS = 4  # of a lane that are under way at once
 
 
@@ -50,10 +53,12 @@ def _close_part(metadata, state, end_request_inclusive, end_block, is_cut):
 
 
 @T.macro
-def _start_walk(num_splits, state):
-    for i in T.serial(_STATE_SIZE):
+def _start_walk(state, first, payload):
+    """Open the first part at block `first` of the first request."""
+    for i in T.unroll(_STATE_SIZE):
         state[i] = 0
-    num_splits[0] = 0
+    state[_BEGIN_BLOCK] = first
+    state[_REMAINING] = payload
 
 
 @T.macro
@@ -61,9 +66,6 @@ def _walk_request(
     metadata, num_splits, state, request, first, end, previous_end, payload, may_cut, num_sm_parts, overhead
 ):
     """Give blocks `first` to `end` of a request to the open part and, while they do not fit, to the parts after it."""
-    if request == 0:
-        state[_REMAINING] = payload
-        state[_BEGIN_BLOCK] = first
     state[_BLOCK] = first
     state[_SPLIT] = 0
     while (state[_REMAINING] < end - state[_BLOCK] + overhead) & (state[_PART] < num_sm_parts - 1):
@@ -111,21 +113,24 @@ def _count_visible(cache_seqlen, seq_len_q, window_left):
 
 
 @T.macro
-def _start_play(played, payload):
-    """Begin to count the parts that a plan takes, and the pieces of the request that it cuts most."""
+def _start_play(played, first_blocks, payload, overhead):
+    """Begin to count with the first part open, which takes `first_blocks` of the first request if they fit."""
+    for i in T.unroll(_PLAYED_SIZE):
+        played[i] = 0
     played[_PARTS] = 1
-    played[_MOST_PIECES] = 1
-    played[_LEFT] = payload  # what the open part may still take
+    played[_LEFT] = payload
+    played[_OPENED_LEFT] = payload - overhead - first_blocks
 
 
 @T.macro
-def _play_request(played, num_blocks, payload, may_cut, overhead):
+def _play_request(played, request, num_blocks, payload, may_cut, overhead):
     """Count on with a request of so many blocks; too many parts if the plan fails."""
     # Without branches but for what is seldom: this is what lanes of a warp wait for, for each request.
     room = payload - overhead  # for blocks in a part of their own
-    fits = num_blocks + overhead <= played[_LEFT]
-    taken = T.alloc_var("int32", init=T.Select(may_cut != 0, T.max(played[_LEFT] - overhead, 0), 0))
-    rest = T.alloc_var("int32", init=num_blocks - taken)  # of a request that does not fit: for the parts after
+    spare = T.alloc_var("int32", init=played[_LEFT] - overhead)  # for blocks in the open part
+    fits = num_blocks <= spare
+    is_begun = (may_cut != 0) & (spare > 0)  # there, if it does not fit
+    rest = T.alloc_var("int32", init=num_blocks - T.Select(is_begun, spare, 0))  # then, for the parts after
     pieces = T.alloc_var("int32", init=1)
     left = T.alloc_var("int32", init=room - rest)
     if T.Not(fits) & (rest > room):
@@ -134,16 +139,20 @@ def _play_request(played, num_blocks, payload, may_cut, overhead):
             left = room - (rest - (pieces - 1) * room)
         else:
             pieces = _NEVER
-    cut = T.alloc_var("int32", init=T.Select(T.Not(fits) & (may_cut != 0), pieces + T.Select(taken > 0, 1, 0), 1))
+    cuts = T.alloc_var("int32", init=T.Select(fits, 0, pieces - T.Select(is_begun, 0, 1)))
     played[_PARTS] += T.Select(fits, 0, pieces)
-    played[_MOST_PIECES] = T.max(played[_MOST_PIECES], cut)
-    played[_LEFT] = T.Select(fits, played[_LEFT] - num_blocks - overhead, left)
+    played[_LEFT] = T.Select(fits, spare - num_blocks, left)
+    played[_CUTS] += cuts
+    played[_MOST_CUTS] = T.max(played[_MOST_CUTS], cuts)
+    played[_OPENED_BY] = T.Select(fits, played[_OPENED_BY], request)
+    played[_OPENED_SPLIT] = T.Select(fits, played[_OPENED_SPLIT], cuts)
+    played[_OPENED_LEFT] = T.Select(fits, played[_OPENED_LEFT], left)
 
 
 def _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths):
     """What a plan costs more than an equal share, in eighths of a block, int32."""
-    merging = combine_eighths + played[_MOST_PIECES] * piece_eighths
-    cost = 8 * (plan % _PAYLOADS) + T.if_then_else(played[_MOST_PIECES] > 1, merging, 0)
+    merging = combine_eighths + (played[_MOST_CUTS] + 1) * piece_eighths
+    cost = 8 * (plan % _PAYLOADS) + T.if_then_else(played[_MOST_CUTS] > 0, merging, 0)
     return cost + T.if_then_else(played[_PARTS] <= num_sm_parts, 0, _NEVER)
 
 
@@ -186,18 +195,23 @@ def make_metadata_program_cpu() -> Program:
             best[1] = _NEVER
             for plan in T.serial(2 * _PAYLOADS):
                 if _plan_payload(plan, share) > overhead:
-                    _start_play(played, _plan_payload(plan, share))
+                    _start_play(played, 0, _plan_payload(plan, share), overhead)
                     for request in T.serial(b):
                         num_blocks = T.alloc_var(
                             "int32", init=_count_visible(cache_seqlens[request], seq_len_q, window_left)
                         )
-                        _play_request(played, num_blocks, _plan_payload(plan, share), _plan_may_cut(plan), overhead)
+                        _play_request(
+                            played, request, num_blocks, _plan_payload(plan, share), _plan_may_cut(plan), overhead
+                        )
                     if _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths) < best[1]:
                         best[0] = plan
                         best[1] = _plan_cost(played, plan, num_sm_parts, combine_eighths, piece_eighths)
             for part in T.serial(num_sm_parts):
                 write_part(tile_scheduler_metadata, part, idle_row(b))
-            _start_walk(num_splits, state)
+            num_splits[0] = 0
+            if b > 0:
+                first = _first_block(cache_seqlens[0], seq_len_q, window_left)
+                _start_walk(state, first, _plan_payload(best[0], share))
             blocks[_PREVIOUS_END] = 0
             for request in T.serial(b):
                 blocks[_FIRST] = _first_block(cache_seqlens[request], seq_len_q, window_left)
@@ -223,7 +237,10 @@ def make_metadata_program_cpu() -> Program:
 
 
 def make_metadata_program_sm90() -> Program:
-    """The scheduler as one warp; lengths pass through shared memory in chunks, so that any batch size fits.
+    """The scheduler as one warp: a lane a plan, then a lane a segment of the requests.
+
+    A lane that plays a plan marks where it stands at the first request of each segment, and from there the chosen plan
+    is walked. While plans are played lengths pass through shared memory in chunks, so that any batch size fits.
 
     Returns
     -------
@@ -233,13 +250,24 @@ def make_metadata_program_sm90() -> Program:
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
 
     @T.macro
-    def load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left):
+    def load_chunk(blocks_shared, cache_seqlens, chunk, tx, seq_len_q, window_left):
         for step in T.serial(T.ceildiv(T.min(_CHUNK, b - chunk * _CHUNK), _LOADS * _THREADS)):
             for load in T.unroll(_LOADS):
                 at = (step * _LOADS + load) * _THREADS + tx
                 if chunk * _CHUNK + at < b:
-                    first_shared[at] = _first_block(cache_seqlens[chunk * _CHUNK + at], seq_len_q, window_left)
-                    end_shared[at] = _end_block(cache_seqlens[chunk * _CHUNK + at])
+                    blocks_shared[at] = _count_visible(cache_seqlens[chunk * _CHUNK + at], seq_len_q, window_left)
+
+    @T.macro
+    def start_walk_at(state, marks, segment, plan, request, payload, overhead, cache_seqlens):
+        # The open part's first request has used it up to what was left then.
+        opened_by = T.alloc_var("int32", init=marks[_OPENED_BY, segment, plan])
+        in_part = payload - overhead - marks[_OPENED_LEFT, segment, plan]
+        state[_BEGIN_REQUEST] = opened_by
+        state[_BEGIN_BLOCK] = _end_block(cache_seqlens[opened_by]) - in_part
+        state[_BEGIN_SPLIT] = marks[_OPENED_SPLIT, segment, plan]
+        state[_PART] = marks[_PARTS, segment, plan] - 1
+        state[_REMAINING] = marks[_LEFT, segment, plan]
+        state[_NUM_SPLITS] = request + marks[_CUTS, segment, plan]
 
     @T.prim_func
     def get_mla_metadata(
@@ -253,10 +281,9 @@ def make_metadata_program_sm90() -> Program:
         window_left: T.int32,
     ):
         with T.Kernel(1, threads=_THREADS) as _:
-            first_shared = T.alloc_shared((_CHUNK,), "int32")
-            end_shared = T.alloc_shared((_CHUNK,), "int32")
+            blocks_shared = T.alloc_shared((_CHUNK,), "int32")
+            marks = T.alloc_shared((_NUM_MARKED, _THREADS, _THREADS), "int32")  # what is marked, segment, plan
             state = T.alloc_local((_STATE_SIZE,), "int32")
-            blocks = T.alloc_local((_BLOCKS_SIZE,), "int32")
             total = T.alloc_var("int32", init=0)
             tx = T.get_thread_binding()
             for step in T.serial(T.ceildiv(b, _LOADS * _THREADS)):
@@ -265,21 +292,39 @@ def make_metadata_program_sm90() -> Program:
                     if request < b:
                         total += _count_visible(cache_seqlens[request], seq_len_q, window_left) + overhead
             share = T.alloc_var("int32", init=_share(T.warp_reduce_sum(total), num_sm_parts))
+            segment_size = T.alloc_var("int32", init=T.truncdiv(b + _THREADS - 1, _THREADS))
+            segment = T.alloc_var("int32", init=0)
             played = T.alloc_local((_PLAYED_SIZE,), "int32")
             cost = T.alloc_var("int32", init=_NEVER)
-            _start_play(played, _plan_payload(tx, share))
             for chunk in T.serial(T.ceildiv(b, _CHUNK)):
                 T.sync_threads()  # the last chunk has been played
-                load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
+                load_chunk(blocks_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
                 T.sync_threads()
                 if _plan_payload(tx, share) > overhead:
                     # Read one ahead: the latency of shared memory is not waited for.
-                    following = T.alloc_var("int32", init=end_shared[0] - first_shared[0])
-                    for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
-                        num_blocks = T.alloc_var("int32", init=following)
-                        ahead = T.min(at + 1, _CHUNK - 1)
-                        following = end_shared[ahead] - first_shared[ahead]
-                        _play_request(played, num_blocks, _plan_payload(tx, share), _plan_may_cut(tx), overhead)
+                    following = T.alloc_var("int32", init=blocks_shared[0])
+                    if chunk == 0:
+                        _start_play(played, following, _plan_payload(tx, share), overhead)
+                    at = T.alloc_var("int32", init=0)
+                    in_chunk = T.alloc_var("int32", init=T.min(_CHUNK, b - chunk * _CHUNK))
+                    while at < in_chunk:
+                        if chunk * _CHUNK + at == segment * segment_size:
+                            for i in T.unroll(_NUM_MARKED):
+                                marks[i, segment, tx] = played[i]
+                            segment += 1
+                        stop = T.alloc_var("int32", init=T.min(segment * segment_size - chunk * _CHUNK, in_chunk))
+                        while at < stop:
+                            num_blocks = T.alloc_var("int32", init=following)
+                            following = blocks_shared[T.min(at + 1, _CHUNK - 1)]
+                            _play_request(
+                                played,
+                                chunk * _CHUNK + at,
+                                num_blocks,
+                                _plan_payload(tx, share),
+                                _plan_may_cut(tx),
+                                overhead,
+                            )
+                            at += 1
             if _plan_payload(tx, share) > overhead:
                 cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
             plan = T.alloc_var("int32", init=T.warp_reduce_min(cost * _THREADS + tx) % _THREADS)
@@ -290,44 +335,41 @@ def make_metadata_program_sm90() -> Program:
                 if part < num_sm_parts:
                     write_part(tile_scheduler_metadata, part, idle_row(b))
             if tx == 0:
-                _start_walk(num_splits, state)
-                blocks[_PREVIOUS_END] = 0
-            for chunk in T.serial(T.ceildiv(b, _CHUNK)):
-                # the walk of the last chunk is over before it is overwritten; idle rows are written before live ones
-                T.sync_threads()
-                if b > _CHUNK:  # the only chunk is there still
-                    load_chunk(first_shared, end_shared, cache_seqlens, chunk, tx, seq_len_q, window_left)
-                T.sync_threads()
-                if tx == 0:
-                    following_first = T.alloc_var("int32", init=first_shared[0])
-                    following_end = T.alloc_var("int32", init=end_shared[0])
-                    for at in T.serial(T.min(_CHUNK, b - chunk * _CHUNK)):
-                        blocks[_FIRST] = following_first
-                        blocks[_END] = following_end
-                        ahead = T.min(at + 1, _CHUNK - 1)
-                        following_first = first_shared[ahead]
-                        following_end = end_shared[ahead]
-                        _walk_request(
-                            tile_scheduler_metadata,
-                            num_splits,
-                            state,
-                            chunk * _CHUNK + at,
-                            blocks[_FIRST],
-                            blocks[_END],
-                            blocks[_PREVIOUS_END],
-                            payload,
-                            may_cut,
-                            num_sm_parts,
-                            overhead,
-                        )
-                        blocks[_PREVIOUS_END] = blocks[_END]
-            if (tx == 0) & (b > 0):
-                _close_part(tile_scheduler_metadata, state, b - 1, blocks[_PREVIOUS_END], 0)
+                num_splits[0] = 0
+            T.sync_threads()  # idle rows are written before live ones, and what the chosen plan's lane marked is there
+            request = T.alloc_var("int32", init=tx * segment_size)
+            if request < b:
+                start_walk_at(state, marks, tx, plan, request, payload, overhead, cache_seqlens)
+                end_request = T.alloc_var("int32", init=T.min(request + segment_size, b))
+                # Of the request before; read one ahead, too.
+                previous_end = T.alloc_var("int32", init=_end_block(cache_seqlens[T.max(request - 1, 0)]))
+                seqlen = T.alloc_var("int32", init=cache_seqlens[request])
+                while request < end_request:
+                    first = T.alloc_var("int32", init=_first_block(seqlen, seq_len_q, window_left))
+                    end = T.alloc_var("int32", init=_end_block(seqlen))
+                    seqlen = cache_seqlens[T.min(request + 1, b - 1)]
+                    _walk_request(
+                        tile_scheduler_metadata,
+                        num_splits,
+                        state,
+                        request,
+                        first,
+                        end,
+                        previous_end,
+                        payload,
+                        may_cut,
+                        num_sm_parts,
+                        overhead,
+                    )
+                    previous_end = end
+                    request += 1
+                if request == b:
+                    _close_part(tile_scheduler_metadata, state, b - 1, previous_end, 0)
 
     return Program(
         get_mla_metadata,
         {
-            # Barriers are placed by hand: one thread walks, and an automatic one inside its branch would hang.
+            # Barriers are placed by hand: lanes walk by themselves, and an automatic one inside their loops would hang.
             "tl.disable_thread_storage_sync": True,
             "tl.disable_warp_specialized": True,
             "tl.disable_safe_memory_legalize": True,
