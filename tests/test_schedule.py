@@ -128,7 +128,7 @@ def test_spread_schedules_of_the_tests_are_schedules(lengths, num_sm_parts):
 
 @pytest.mark.parametrize("batch_size", [1023, 1024, 1025, 5000, 65536])
 def test_large_batch(device, batch_size):
-    """Lengths pass through the GPU's shared memory in chunks; the walk goes on across them."""
+    """Lengths pass through the GPU's shared memory in chunks; plays go on across them, a lane's walk may be longer."""
     lengths = np.random.default_rng(batch_size).integers(0, 3000, batch_size).tolist()
     metadata, num_splits = make_schedule(lengths, 132, device)
     check_schedule(metadata, num_splits, lengths, BLOCK_N)
