@@ -11,6 +11,7 @@ import torch
 
 from tilemla import env
 from tilemla.store import cache_store, make_private
+from trials import forget
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +64,17 @@ def seed(request):
 @pytest.fixture(autouse=True)
 def seeded(seed):
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def tuning_dir(tmp_path, monkeypatch):
+    """A folder of tables that is read here, and nothing remembered of others."""
+    folder = tmp_path / "tuning"
+    folder.mkdir()
+    monkeypatch.setenv("TILEMLA_TUNING_DIR", str(folder))
+    forget()
+    yield folder
+    forget()
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def test_pages_of_bytes_may_lie_apart(device):
         check_result(*result, reference(inputs, BYTES, held))
 
 
+@pytest.mark.usefixtures("tuning_dir")
 def test_plans_agree(device):
     """The first call plans as a plan with arguments does: as pays for FP8, and not as pays for 16 bits."""
     case = Case((700, 640), 1, 64)
@@ -232,6 +233,7 @@ def test_scales_of_0(device, descales):
     assert out[0].any() == bool(descales[1])
 
 
+@pytest.mark.usefixtures("tuning_dir")
 def test_as_vllm_calls(device):
     inputs, (q, held) = e4m3(E4M3, device, 0.5, 0.25)
     schedule = tilemla.get_mla_metadata_dense_fp8(inputs.cache_seqlens, 2 * 20, 1)

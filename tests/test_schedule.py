@@ -52,6 +52,7 @@ def best_plan(blocks, num_sm_parts, costs):
     return best[1]
 
 
+@pytest.mark.usefixtures("tuning_dir")
 @pytest.mark.parametrize(
     ("batch_size", "topk", "pieces"), [(1, 512, 8), (8, 512, 4), (1, 2048, 16), (4, 2048, 11), (64, 2048, 1)]
 )

@@ -22,7 +22,7 @@ from tilemla.tuning.choose import choose
 from tilemla.tuning.measure import time_in_turn
 from tilemla.tuning.table import Choice, Evidence, Table, TableError, gpu_slug, read_table, table_path, write_table
 from tilemla.tuning.trial import Trial, append_trial, read_trials
-from trials import DEEP, LATER, RUN, WHOLE, Clock, trial_of, turn_of
+from trials import DEEP, LATER, RUN, WHOLE, Clock, forget, trial_of, turn_of
 
 FAST = KernelConfig(short_piece=8)
 OTHER = KernelConfig(splits_ahead=4)
@@ -315,22 +315,6 @@ BAD_TABLES = [
     (changed(costs={"part_tile/alone": {"costs": {"overhead": 1}, "evidence": {}}}), "costs must have the fields"),
     (changed(gpu="NVIDIA H200"), "it holds what was chosen for mla_decode_.* on NVIDIA H200"),
 ]
-
-
-def forget():
-    for cached in (chosen._read_if_there, schedule.costs_for, fingerprint.source_fingerprint):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def tuning_dir(tmp_path, monkeypatch):
-    """A folder of tables that is read here, and nothing remembered of others."""
-    folder = tmp_path / "tuning"
-    folder.mkdir()
-    monkeypatch.setenv("TILEMLA_TUNING_DIR", str(folder))
-    forget()
-    yield folder
-    forget()
 
 
 @pytest.mark.parametrize("text, reason", BAD_TABLES)
