@@ -6,7 +6,7 @@
 #   make build   build modules ahead of time into modules/ (ARCH="cpu sm_90a", DTYPE="bfloat16 float16")
 #   make bench-check
 #                on an H100: fail where a case falls more than 5% behind its ratio to a peer in tuning_logs/
-#                (BENCH_ARGS="--peer sgl_kernel.flash_mla")
+#                (BENCH_ARGS="--peer sgl_kernel.flash_mla"; on an H200 BENCH_RECORD names its log)
 #   make lint, make types, make check, make wheel, make format, make clean
 
 PYTHON ?= python3
