@@ -11,7 +11,7 @@ import torch
 
 from tilemla import env
 from tilemla.store import cache_store, make_private
-from trials import forget
+from tuned_tables import forget
 
 ROOT = Path(__file__).resolve().parent.parent
 

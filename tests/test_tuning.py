@@ -22,7 +22,8 @@ from tilemla.tuning.choose import choose
 from tilemla.tuning.measure import time_in_turn
 from tilemla.tuning.table import Choice, Evidence, Table, TableError, gpu_slug, read_table, table_path, write_table
 from tilemla.tuning.trial import Trial, append_trial, read_trials
-from trials import DEEP, LATER, RUN, WHOLE, Clock, forget, trial_of, turn_of
+from trials import DEEP, LATER, RUN, WHOLE, Clock, trial_of, turn_of
+from tuned_tables import forget
 
 FAST = KernelConfig(short_piece=8)
 OTHER = KernelConfig(splits_ahead=4)

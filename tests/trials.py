@@ -2,13 +2,11 @@
 
 import dataclasses
 
-from tilemla import fingerprint, interface, schedule, sparse
 from tilemla.bench.cases import GridCase
 from tilemla.bench.record import TimingMode
 from tilemla.config import DEFAULT_CONFIG
 from tilemla.costs import formula_costs
 from tilemla.spec import KernelSpec
-from tilemla.tuning import chosen
 from tilemla.tuning.trial import Resources, Run, Trial
 
 RUN = Run(
@@ -21,14 +19,6 @@ RUN = Run(
 LATER = dataclasses.replace(RUN, date="2026-01-02T00:00:00+00:00")
 DEEP = GridCase(1, 8192, 16, 1)  # of the class part_tile/alone
 WHOLE = GridCase(128, 4096, 16, 1)  # of the class part_tile/whole
-
-
-def forget():
-    """Whatever was read from tables, and what was planned by them."""
-    for cached in (chosen._read_if_there, schedule.costs_for, fingerprint.source_fingerprint):
-        cached.cache_clear()
-    for plans in (schedule._plans, interface._plans, sparse._plans):
-        plans.clear()
 
 
 def trial_of(times_us, case=DEEP, *, stage="config", role="candidate", config=DEFAULT_CONFIG, costs=None, run=RUN):
