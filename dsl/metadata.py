@@ -325,7 +325,7 @@ def make_metadata_program_sm90() -> Program:
                                 overhead,
                             )
                             at += 1
-            if _plan_payload(tx, share) > overhead:
+            if (b > 0) & (_plan_payload(tx, share) > overhead):
                 cost = T.min(_plan_cost(played, tx, num_sm_parts, combine_eighths, piece_eighths), _NEVER)
             plan = T.alloc_var("int32", init=T.warp_reduce_min(cost * _THREADS + tx) % _THREADS)
             payload = T.alloc_var("int32", init=_plan_payload(plan, share))

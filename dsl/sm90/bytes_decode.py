@@ -33,6 +33,7 @@ from tilemla.dsl.sm90.sparse_tile import (
 )
 from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS, begin_and_end
 from tilemla.dsl.sm90.way_out import make_way_out
+from tilemla.dsl.sm90.way_out_source import WAY_OUT_SOURCE
 from tilemla.kv_formats import FP8_LAYOUTS
 
 # Where the cursor of the walk keeps the first key that some query sees; LENGTH is one past the last.
@@ -117,7 +118,7 @@ def make_decode_program(spec, config) -> Program:
         make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of),
         make_fp8_producer(layout, make_walk(blocks_of, read_index, address), blocks_of),
     )
-    combine = make_combine(head_dim_v, accum, config, early=True)
+    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func
@@ -150,7 +151,7 @@ def make_decode_program(spec, config) -> Program:
             T.min(num_sm_parts, MAX_GRID_Y),
             h_k * T.ceildiv(num_sm_parts, MAX_GRID_Y),
             threads=NUM_THREADS,
-            prelude=GATHER_SOURCE,
+            prelude=GATHER_SOURCE + WAY_OUT_SOURCE,
         ) as (row_tile, part_of_layer, head_and_layer):
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
             alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")

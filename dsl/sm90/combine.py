@@ -6,6 +6,8 @@ quarter of its columns each CTA. More rows get a CTA, each warp a quarter of the
 or none, a warp each, so that waves of CTAs do not become the cost.
 
 However a row is shared, its sums are taken in the same order: results do not depend on the rest of the batch.
+
+Loops are not unrolled beyond what keeps loads under way: nothing else runs while the instructions are fetched.
 """
 
 from collections.abc import Callable
@@ -38,6 +40,7 @@ def make_combine(
     config: KernelConfig,
     *,
     early: bool,
+    interleaved: bool = False,
     ctas_per_sm: int = 5,
     read_sink: Callable[[Any, Any, Any], Any] = sink_of_group,
 ) -> Any:
@@ -53,6 +56,9 @@ def make_combine(
         Its ``full_grid`` and ``splits_ahead``.
     early : bool
         Whether the kernel is launched under the tail of the decode kernel and waits for its end itself.
+    interleaved : bool
+        Whether each 16 columns of a partial row lie as threads hold them that write four at once: two of the first
+        eight, then two of the second eight.
     ctas_per_sm : int
         CTAs that the registers of an SM are to suffice for.
     read_sink : callable
@@ -94,13 +100,13 @@ def make_combine(
             weight_sum = 0
             for i in T.unroll(width):
                 total[i] = 0
-            for step in T.serial(T.ceildiv(T.ceildiv(count, chunk) - number, _SLICES)):
+            for step in T.unroll(T.ceildiv(T.ceildiv(count, chunk) - number, _SLICES), annotations=NOT_UNROLLED):
                 begin = T.alloc_var("int32", init=(step * _SLICES + number) * chunk)
-                for group in T.serial(T.ceildiv(T.min(count - begin, chunk), ahead)):
+                for group in T.unroll(T.ceildiv(T.min(count - begin, chunk), ahead), annotations=NOT_UNROLLED):
                     load_splits(partial, t, head, row, column, first, begin + group * ahead, count)
                     # Weights while the first partials are on their way.
                     if finds_most & (step == 0) & (group == 0):
-                        for k in T.serial(T.ceildiv(count, _LANES)):
+                        for k in T.unroll(T.ceildiv(count, _LANES), annotations=NOT_UNROLLED):
                             if k * _LANES + lane < count:
                                 most = advance_max(most, t.lse_accum_log2[first + k * _LANES + lane, head, row])
                         most = T.warp_reduce_max(most)
@@ -116,6 +122,24 @@ def make_combine(
                                 total[i] += partial[u, i] * share
             weight_sum = T.warp_reduce_sum(weight_sum)
 
+        def first_column(lane):
+            # of the four that a lane writes
+            if interleaved:
+                return lane // 4 * 16 + lane % 2 * 8 + lane % 4 // 2 * 4
+            return lane * _VECTOR
+
+        @T.macro
+        def exchange_pairs(merged):
+            # Even lanes get four columns of the first eight, odd lanes four of the second.
+            is_odd = T.get_thread_binding() % 2 == 1
+            for i in T.unroll(vectors):
+                for v in T.unroll(2):
+                    first = merged[i * _VECTOR + v]
+                    second = merged[i * _VECTOR + 2 + v]
+                    other = T.alloc_var(accum, init=T.shfl_xor(T.if_then_else(is_odd, first, second), 1))
+                    merged[i * _VECTOR + v] = T.if_then_else(is_odd, other, first)
+                    merged[i * _VECTOR + 2 + v] = T.if_then_else(is_odd, second, other)
+
         @T.macro
         def write(merged, weight_sum, most, t, request, head, row, column):
             lane = T.get_thread_binding() % _LANES
@@ -123,9 +147,11 @@ def make_combine(
             if t.has_sink != 0:
                 sink = read_sink(head, row, t)
                 factor = inverse_sum(weight_sum, sink_share(most, sink))
+            if interleaved:
+                exchange_pairs(merged)
             for i in T.unroll(vectors):
                 for v in T.vectorized(_VECTOR):
-                    t.out[request, head, row, column + (i * _LANES + lane) * _VECTOR + v] = (
+                    t.out[request, head, row, column + i * _LANES * _VECTOR + first_column(lane) + v] = (
                         merged[i * _VECTOR + v] * factor
                     )
             if (lane == 0) & (column == 0):
@@ -149,7 +175,7 @@ def make_combine(
             merged_weights = T.alloc_var(accum, init=0)
             for i in T.unroll(width):
                 merged[i] = 0
-            for number in T.serial(T.min(T.ceildiv(count, chunk), _SLICES)):
+            for number in T.unroll(T.min(T.ceildiv(count, chunk), _SLICES), annotations=NOT_UNROLLED):
                 sum_slice(total, weight_sum, most, t, head, row, column, first, count, number, number == 0)
                 merged_weights += weight_sum
                 for i in T.unroll(width):

@@ -21,23 +21,21 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.load import cursor_size
-from tilemla.dsl.sm90.output import make_output_warpgroup
+from tilemla.dsl.sm90.output import make_output_warpgroups
 from tilemla.dsl.sm90.score import make_score_warpgroup
 from tilemla.dsl.sm90.tile import (
-    HALF,
     K_STEP,
-    LEFT_BARRIER,
     NUM_STAGES,
     NUM_THIRDS,
     NUM_THREADS,
     OUTPUT_REGISTERS,
     Q_STEPS_IN_REGISTERS,
-    RIGHT_BARRIER,
     ROWS,
     SCORE_REGISTERS,
     STAGE_COLUMNS,
     WARPGROUP,
 )
+from tilemla.dsl.sm90.way_out_source import WAY_OUT_SOURCE
 
 MAX_GRID_Y = 65535  # CUDA's limit for a grid's second axis
 
@@ -76,8 +74,8 @@ def make_decode_program(spec, config) -> Program:
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, head_dim_v, config)
-    output_warpgroup = make_output_warpgroup(page_block_size, head_dim_qk, head_dim_v, config)
-    combine = make_combine(head_dim_v, accum, config, early=True)
+    output_warpgroups = make_output_warpgroups(page_block_size, head_dim_qk, head_dim_v, config)
+    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func
@@ -109,6 +107,7 @@ def make_decode_program(spec, config) -> Program:
             T.min(num_sm_parts, MAX_GRID_Y),
             h_k * T.ceildiv(num_sm_parts, MAX_GRID_Y),
             threads=NUM_THREADS,
+            prelude=WAY_OUT_SOURCE,
         ) as (row_tile, part_of_layer, head_and_layer):
             kv = T.alloc_shared((NUM_STAGES, BLOCK_N, STAGE_COLUMNS), dtype)
             q_tail = T.alloc_shared((num_tail_steps * ROWS * K_STEP,), dtype)
@@ -177,16 +176,11 @@ def make_decode_program(spec, config) -> Program:
             if tx < WARPGROUP:
                 T.set_max_nreg(SCORE_REGISTERS, 1)
                 score_warpgroup(t)
-            elif tx < 2 * WARPGROUP:
-                T.set_max_nreg(OUTPUT_REGISTERS, 0)
-                left = T.alloc_fragment((ROWS, HALF), accum)
-                no_cursor = T.alloc_local((1,), "int32")
-                output_warpgroup(left, no_cursor, 0, LEFT_BARRIER, t)
             else:
                 T.set_max_nreg(OUTPUT_REGISTERS, 0)
-                right = T.alloc_fragment((ROWS, HALF), accum)
+                acc = T.alloc_fragment((ROWS, head_dim_v), accum)
                 cursor = T.alloc_local((cursor_size(page_block_size),), "int32")
-                output_warpgroup(right, cursor, HALF, RIGHT_BARRIER, t)
+                output_warpgroups(acc, cursor, t)
 
         merging = SimpleNamespace(
             out_accum=out_accum,

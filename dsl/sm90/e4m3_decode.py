@@ -22,22 +22,21 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import MAX_GRID_Y, PASS_CONFIG
-from tilemla.dsl.sm90.e4m3_output import make_output_warpgroup
+from tilemla.dsl.sm90.e4m3_output import make_output_warpgroups
 from tilemla.dsl.sm90.e4m3_score import make_score_warpgroup
 from tilemla.dsl.sm90.e4m3_source import E4M3_SOURCE
 from tilemla.dsl.sm90.e4m3_tile import (
     ATOM_COLUMNS,
     EMPTY_ARRIVALS,
-    LEFT_REGISTERS,
     NUM_SLOTS,
     NUM_STAGES,
-    RIGHT_REGISTERS,
+    OUTPUT_REGISTERS,
     ROPE_COLUMNS,
     SCORE_REGISTERS,
     TAIL_ATOMS,
 )
 from tilemla.dsl.sm90.load import cursor_size
-from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, NUM_THREADS, RIGHT_BARRIER, ROWS, WARPGROUP
+from tilemla.dsl.sm90.tile import NUM_THREADS, ROWS, WARPGROUP
 
 
 def make_decode_program(spec, config) -> Program:
@@ -63,7 +62,7 @@ def make_decode_program(spec, config) -> Program:
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     score_warpgroup = make_score_warpgroup(head_dim_v)
-    output_warpgroup = make_output_warpgroup(head_dim_v, config)
+    output_warpgroups = make_output_warpgroups(head_dim_v, config)
     combine = make_combine(head_dim_v, accum, config, early=True)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
@@ -180,14 +179,10 @@ def make_decode_program(spec, config) -> Program:
                 T.set_max_nreg(SCORE_REGISTERS, 0)
                 score_scale = T.alloc_var(accum, init=descale_scores(softmax_scale_log2, descale_q[0], descale_k[0]))
                 score_warpgroup(score_scale, t)
-            elif tx < 2 * WARPGROUP:
-                T.set_max_nreg(LEFT_REGISTERS, 1)
-                no_cursor = T.alloc_local((1,), "int32")
-                output_warpgroup(no_cursor, 0, LEFT_BARRIER, t)
             else:
-                T.set_max_nreg(RIGHT_REGISTERS, 1)
+                T.set_max_nreg(OUTPUT_REGISTERS, 1)
                 cursor = T.alloc_local((cursor_size(page_block_size),), "int32")
-                output_warpgroup(cursor, HALF, RIGHT_BARRIER, t)
+                output_warpgroups(cursor, t)
 
         merging = SimpleNamespace(
             out_accum=out_accum,

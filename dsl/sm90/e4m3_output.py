@@ -1,4 +1,4 @@
-"""An output warpgroup of the decode kernel over e4m3: O^T (+)= V^T P^T for half of the columns, and O's way out.
+"""The output warpgroups of the decode kernel over e4m3: O^T (+)= V^T P^T, each for half of the columns, O's way out.
 
 Transposed, the values are the operand that wgmma takes from registers: what ldmatrix gives a thread of a page is
 widened there, and never written to shared memory. A thread then has columns of O by row: of each product of 64 columns,
@@ -31,13 +31,14 @@ from tilemla.dsl.sm90.e4m3_tile import (
 from tilemla.dsl.sm90.load import REQUEST
 from tilemla.dsl.sm90.tile import (
     HALF,
-    LOAD_WARP_END,
     NOT_UNROLLED,
-    RIGHT_BARRIER,
     ROWS,
     SCORES,
     WARPGROUP,
     begin_and_end,
+    half_of,
+    is_loading,
+    sync_half,
 )
 
 _PRODUCTS = 4  # of 64 columns each
@@ -49,11 +50,10 @@ _OPERAND = 2 * A_REGISTERS  # registers of a piece's values; those of two are in
 _RAW = _OPERAND // 2
 
 
-def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
-    """Make the macro ``output_warpgroup(cursor, column, barrier_id, t)``.
+def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
+    """Make the macro ``output_warpgroups(cursor, t)``, of the instructions of both.
 
-    ``column`` is the first output column, ``barrier_id`` the warpgroup's named barrier, ``cursor`` the load cursor,
-    used in the right warpgroup alone.
+    ``cursor`` is the load cursor, used in one warp of the right one.
 
     Parameters
     ----------
@@ -66,14 +66,14 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
     seek, load = make_loader(head_dim_v, config)
 
     @T.macro
-    def clear_tokens(begin, end, stage, column, t):
+    def clear_tokens(begin, end, stage, t):
         thread = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::thread_of_warpgroup"))
         for i in T.unroll(begin, end, annotations=NOT_UNROLLED):
             for v in T.vectorized(2):
-                t.kv[stage, i, column + thread * 2 + v] = 0
+                t.kv[stage, i, half_of(t.tx) * HALF + thread * 2 + v] = 0
 
     @T.macro
-    def clear_unseen(request, left, item, column, barrier_id, t):
+    def clear_unseen(request, left, item, t):
         # P is 0 where no query sees a token, but what lies there may be NaN.
         end = begin_and_end(request, t).end
         shift = T.alloc_var("int32", init=(end - left) * BLOCK_N)
@@ -81,10 +81,10 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
         first = T.alloc_var("int32", init=first_visible_key(seqlen, t.seq_len_q, t.window_left) - shift)
         if (shift + BLOCK_N > seqlen) | (first > 0):
             T.barrier_wait(t.p_full[slot_of(item)], slot_phase_of(item))  # the scores are made of what was there
-            clear_tokens(0, T.min(first, BLOCK_N), stage_of(item), column, t)
-            clear_tokens(T.max(seqlen - shift, 0), BLOCK_N, stage_of(item), column, t)
+            clear_tokens(0, T.min(first, BLOCK_N), stage_of(item), t)
+            clear_tokens(T.max(seqlen - shift, 0), BLOCK_N, stage_of(item), t)
             T.fence_proxy_async()  # TMA writes there next
-            T.sync_threads(barrier_id, WARPGROUP)
+            sync_half(t.tx)
 
     @T.macro
     def read(raw, values, k_step, atom):
@@ -142,14 +142,14 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
                     acc[product * SCORES + j * 4 + e] = acc[product * SCORES + j * 4 + e] * pair[e % 2]
 
     @T.macro
-    def write_partial(acc, request, column, t):
+    def write_partial(acc, request, t):
         # Two columns of a row at a time.
         thread = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::thread_of_warpgroup"))
         lane, warp = thread % 32, thread // 32
         row0 = T.alloc_var("int32", init=t.tile[0] + lane % 4 * 2)
         head = T.alloc_var("int32", init=t.tile[1])
         place = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-        first = T.alloc_var("int32", init=column + warp * CHUNK + lane // 4 * 2)
+        first = T.alloc_var("int32", init=half_of(t.tx) * HALF + warp * CHUNK + lane // 4 * 2)
         for j in T.unroll(ROWS // 8):
             for e in T.unroll(2):
                 if row0 + (j * 8 + e) < t.rows:
@@ -171,14 +171,14 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
             T.tma_store_wait(0)
 
     @T.macro
-    def write_out(acc, request, column, barrier_id, t):
+    def write_out(acc, request, t):
         # There is room for half of a warpgroup's columns.
         thread = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::thread_of_warpgroup"))
         lane, warp = thread % 32, thread // 32
         pair = T.alloc_local((2,), accum)
         for first in _FIRST_OF_ROUND:
             await_store()
-            T.sync_threads(barrier_id, WARPGROUP)
+            sync_half(t.tx)
             for j in T.unroll(ROWS // 8):
                 for e in T.unroll(2):
                     for product in T.unroll(2):
@@ -187,50 +187,54 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
                         for v in T.vectorized(2):
                             t.out_tile[
                                 j * 8 + lane % 4 * 2 + e,
-                                column // 2 + product * (ATOM_COLUMNS // 2) + warp * CHUNK + lane // 4 * 2 + v,
+                                half_of(t.tx) * ATOM_COLUMNS
+                                + product * (ATOM_COLUMNS // 2)
+                                + warp * CHUNK
+                                + lane // 4 * 2
+                                + v,
                             ] = pair[v]
             T.fence_proxy_async()
-            T.sync_threads(barrier_id, WARPGROUP)
+            sync_half(t.tx)
             if thread < 32:
-                to = column + first * (ATOM_COLUMNS // 2)
+                half = half_of(t.tx)
+                to = half * HALF + first * (ATOM_COLUMNS // 2)
                 T.tma_copy(
-                    t.out_tile[:, column // 2 : column // 2 + ATOM_COLUMNS],
+                    t.out_tile[:, half * ATOM_COLUMNS : half * ATOM_COLUMNS + ATOM_COLUMNS],
                     t.out[request, t.tile[1], t.tile[0] : t.tile[0] + ROWS, to : to + ATOM_COLUMNS],
                     leader_scope_threads=32,
                 )
 
     @T.macro
-    def clear_rows(to, index, column, t):
+    def clear_rows(to, index, t):
         thread = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::thread_of_warpgroup"))
         head = T.alloc_var("int32", init=t.tile[1])
         for row in T.unroll(t.tile[0], T.min(t.tile[0] + ROWS, t.rows), annotations=NOT_UNROLLED):
             for v in T.vectorized(2):
-                to[index, head, row, column + thread * 2 + v] = 0
+                to[index, head, row, half_of(t.tx) * HALF + thread * 2 + v] = 0
 
     @T.macro
-    def write_empty(request, column, t):
+    def write_empty(request, t):
         if is_split(t.part, request):
             place = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            clear_rows(t.out_accum, place, column, t)
+            clear_rows(t.out_accum, place, t)
         else:
-            clear_rows(t.out, request, column, t)
+            clear_rows(t.out, request, t)
 
     @T.macro
-    def write_tile(acc, request, column, barrier_id, t):
+    def write_tile(acc, request, t):
         if is_split(t.part, request):
-            write_partial(acc, request, column, t)
+            write_partial(acc, request, t)
         else:
-            write_out(acc, request, column, barrier_id, t)
+            write_out(acc, request, t)
 
     @T.macro
     def refill(item, cursor, t):
         # The stage of the item before: the other warps have left it by now.
-        if t.tx < LOAD_WARP_END:
+        if is_loading(t.tx):
             load(stage_of(item - 1), phase_of(item - 1), cursor, t)
 
     @T.macro
-    def output_warpgroup(cursor, column, barrier_id, t):
-        loads = barrier_id == RIGHT_BARRIER
+    def output_warpgroups(cursor, t):
         acc = T.alloc_local((_PRODUCTS * SCORES,), accum)
         operand = T.alloc_local((2 * _OPERAND,), "uint32")
         raw = T.alloc_local((_RAW,), "uint32")
@@ -242,29 +246,27 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
         first_values = T.alloc_var(
             "int32",
             init=T.call_extern("int32", "tilemla::shared_address", T.address_of(t.kv[0, 0, 0]))
-            + column // ATOM_COLUMNS * ATOM_BYTES
+            + half_of(t.tx) * (HALF // ATOM_COLUMNS * ATOM_BYTES)
             + lane % 16 * ATOM_COLUMNS
             + T.bitwise_xor(warp + lane // 16 * 4, lane % 8) * CHUNK,
         )
-        if loads:
-            if t.tx < LOAD_WARP_END:
-                cursor[REQUEST] = t.part.begin_request
-                seek(cursor, t)
-                for stage in T.serial(NUM_STAGES - 1):
-                    load(stage, 1, cursor, t)
+        if is_loading(t.tx):
+            cursor[REQUEST] = t.part.begin_request
+            seek(cursor, t)
+            for stage in T.serial(NUM_STAGES - 1):
+                load(stage, 1, cursor, t)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = begin_and_end(request, t)
             left = T.alloc_var("int32", init=bounds.end - bounds.begin)  # blocks; no register for more than that
             if left <= 0:
-                write_empty(request, column, t)
+                write_empty(request, t)
             else:
                 # The Q tile: the score warpgroup has it.
                 T.barrier_wait(t.p_full[slot_of(item)], slot_phase_of(item))
                 T.sync_warp()
                 arrive_elected(t.empty, stage_of(item))
                 arrive_elected(t.p_empty, slot_of(item))
-                if loads:
-                    refill(item, cursor, t)
+                refill(item, cursor, t)
                 item += 1
                 for i in T.unroll(_PRODUCTS * SCORES):
                     acc[i] = 0
@@ -272,7 +274,7 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
                     values = T.alloc_var("int32", init=first_values + stage_of(item) * (ROWS * head_dim_v))
                     T.barrier_wait(t.full[stage_of(item)], phase_of(item))
                     if (left == 1) | (t.window_left >= 0):
-                        clear_unseen(request, left, item, column, barrier_id, t)
+                        clear_unseen(request, left, item, t)
                     read(raw, values, 0, 0)
                     widen(operand, raw, 0)
                     T.barrier_wait(t.p_full[slot_of(item)], slot_phase_of(item))
@@ -287,8 +289,7 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
                             T.wait_wgmma(1)  # the registers of the piece before are free
                             widen(operand, raw, (i + 1) % 2)
                     arrive_elected(t.empty, stage_of(item))
-                    if loads:
-                        refill(item, cursor, t)
+                    refill(item, cursor, t)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(acc, 0, _PRODUCTS * SCORES)
                     left -= 1
@@ -300,7 +301,7 @@ def make_output_warpgroup(head_dim_v: int, config: KernelConfig) -> Any:
                 T.sync_warp()
                 arrive_elected(t.p_empty, slot_of(item))
                 item += 1
-                write_tile(acc, request, column, barrier_id, t)
+                write_tile(acc, request, t)
         await_store()
 
-    return output_warpgroup
+    return output_warpgroups

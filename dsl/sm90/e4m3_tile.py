@@ -28,7 +28,7 @@ K_STEP = 32  # the K of wgmma on e4m3
 SHARED_STEPS = 4
 TAIL_ATOMS = -(-SHARED_STEPS * K_STEP // ATOM_COLUMNS)
 A_REGISTERS = 4  # 32-bit registers of an operand of 64 rows and a K step that a thread holds
-SCORE_REGISTERS, LEFT_REGISTERS, RIGHT_REGISTERS = 144, 176, 184
+SCORE_REGISTERS, OUTPUT_REGISTERS = 144, 176
 
 
 def with_fields(t: SimpleNamespace, **fields: Any) -> SimpleNamespace:

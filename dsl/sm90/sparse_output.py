@@ -88,10 +88,8 @@ def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks:
                 last_stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[last_stage * ROWS + i]
-                way_out.scale_rows(first, scale)
-                way_out.scale_rows(second, scale)
-                way_out.write_tile(first, request, last_stage, column, barrier_id, t)
-                way_out.write_tile(second, request, last_stage, column + QUARTER, barrier_id, t)
+                way_out.write_tile(first, scale, request, last_stage, column, 0, barrier_id, t)
+                way_out.write_tile(second, scale, request, last_stage, column + QUARTER, 0, barrier_id, t)
                 free(last_stage, column // QUARTER, t)
                 free_second(last_stage, column, t)
                 turn = next_turn(turn, NUM_STAGES)

@@ -33,7 +33,9 @@ SCORES = 32  # elements of a 64x64 accumulator that a thread holds
 # 160 is the least that holds a 64x256 accumulator.
 WARPGROUP = 128
 NUM_THREADS = 3 * WARPGROUP
-LOAD_WARP_END = 2 * WARPGROUP + 32  # the first warp of the right output warpgroup issues the loads
+# The first warp of the right output warpgroup issues the loads.
+LOAD_WARP_BEGIN = 2 * WARPGROUP
+LOAD_WARP_END = LOAD_WARP_BEGIN + 32
 SCORE_REGISTERS, OUTPUT_REGISTERS = 184, 160
 SCORE_BARRIER, LEFT_BARRIER, RIGHT_BARRIER = 1, 2, 3  # named barriers of a warpgroup; 0 is __syncthreads
 
@@ -62,6 +64,16 @@ def columns_of_thirds(head_dim_qk: int) -> list[tuple[int, int, int]]:
     return [(i, i * width, min(width, head_dim_qk - i * width)) for i in range(NUM_THIRDS)]
 
 
+def half_of(tx) -> Any:
+    """Which half of an accumulator's columns an output warpgroup has, int32; they follow the score warpgroup."""
+    return tx // WARPGROUP - 1
+
+
+def is_loading(tx) -> Any:
+    """Whether a thread is of the warp that issues the loads."""
+    return (tx >= LOAD_WARP_BEGIN) & (tx < LOAD_WARP_END)
+
+
 def place_of_item(item, count) -> Any:
     """The place of an item in a ring of `count`, a power of two, whose items are numbered, int32."""
     return T.bitwise_and(item, count - 1)
@@ -86,6 +98,12 @@ def arrive_warp(barriers, index, tx) -> None:
     """One arrival for a warp; the caller has synchronised it with what its other threads did before."""
     if tx % 32 == 0:
         T.barrier_arrive(barriers[index])
+
+
+@T.macro
+def sync_half(tx) -> None:
+    """Synchronise an output warpgroup, by itself."""
+    T.sync_threads(half_of(tx) + LEFT_BARRIER, WARPGROUP)
 
 
 @T.macro

@@ -1,4 +1,4 @@
-"""How an output tile leaves a warpgroup: normalised, to its place or to that of a partial result."""
+"""How an output tile leaves its warpgroups: normalised, to its place or to that of a partial result."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,14 +10,18 @@ from tilemla.dsl.schedule import is_split, split_slot
 from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, WARPGROUP, assume_stage
 
 
-def make_way_out(width: int = HALF) -> SimpleNamespace:
+def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
     """Make the macros ``scale_rows``, ``write_tile`` and ``write_empty``.
+
+    ``column`` is the first output column of an accumulator, ``part``, from 0 on, which part of its columns the
+    warpgroup holds, ``barrier_id`` the warpgroup's named barrier.
 
     Parameters
     ----------
-    width : int
-        Columns of an accumulator.
+    width, warpgroups : int
+        Columns of an accumulator, and how many warpgroups hold equal parts of them.
     """
+    share = width // warpgroups
 
     @T.macro
     def scale_rows(acc, scale):
@@ -25,25 +29,36 @@ def make_way_out(width: int = HALF) -> SimpleNamespace:
             acc[i, j] = acc[i, j] * scale[i]
 
     @T.macro
-    def write_tile(acc, request, stage, column, barrier_id, t):
+    def write_tile(acc, scale, request, stage, column, part, barrier_id, t):
         assume_stage(stage)
         # Read here and not at the start, the coordinates keep ptxas from holding addresses in registers all along.
         row0 = T.alloc_var("int32", init=t.tile[0])
         head = T.alloc_var("int32", init=t.tile[1])
         if is_split(t.part, request):
             slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            for i, j in T.Parallel(ROWS, width):
-                if row0 + i < t.rows:
-                    t.out_accum[slot, head, row0 + i, column + j] = acc[i, j]
+            row = T.alloc_var("int32", init=row0 + t.tx % WARPGROUP // 32 * 16 + t.tx % 32 // 4)
+            # In the order that `combine` calls interleaved: a row's sectors by half as many instructions.
+            T.call_extern(
+                "handle",
+                f"tilemla::store_rows<{share}>",
+                T.address_of(t.out_accum[slot, head, row, column + part * share + t.tx % 4 * 4]),
+                acc.data,
+                scale.data,
+                8 * t.out_accum.shape[3],
+                row < t.rows,
+                row + 8 < t.rows,
+            )
         else:
+            scale_rows(acc, scale)
             # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
             T.copy(acc, t.kv[stage, :, column : column + width])
             T.fence_proxy_async()
             T.sync_threads(barrier_id, WARPGROUP)
             if t.tx % WARPGROUP < 32:
+                first = part * share
                 T.tma_copy(
-                    t.kv[stage, :, column : column + width],
-                    t.out[request, head, row0 : row0 + ROWS, column : column + width],
+                    t.kv[stage, :, column + first : column + first + share],
+                    t.out[request, head, row0 : row0 + ROWS, column + first : column + first + share],
                     leader_scope_threads=32,
                 )
                 T.tma_store_wait(0)
