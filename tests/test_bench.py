@@ -110,7 +110,7 @@ class ScriptedClock:
         return next(self.times_us[name])
 
     def host_time_us(self, call):
-        return {"tilemla": 40.0, "other": 30.0}[call.__name__]
+        return {"tilemla": 40.0, "other": 30.0, "another": 20.0}[call.__name__]
 
 
 class Named:
@@ -141,7 +141,7 @@ def test_ratios_are_medians_of_neighbouring_pairs(monkeypatch):
     # Of the ratios 2, 1.5 and 2.5; the ratio of the medians would be 1.5.
     assert record.peers == (PeerTime("other", 30.0, 2.0, 30.0),)
     assert (record.time_us, record.host_time_us, record.case_list) == (20.0, 40.0, "some list")
-    assert clock.order == ["tilemla", "other", "other", "tilemla", "tilemla", "other"]
+    assert clock.order == ["tilemla", "other", "other", "tilemla", "other", "tilemla"]
 
 
 def test_replays_of_a_graph_have_no_host_time(monkeypatch):
@@ -182,6 +182,17 @@ def test_references_are_timed_in_turn_with_ours(monkeypatch):
     [varied, even] = prepared
     assert (varied, even.total_tokens) == (case, case.total_tokens)
     assert max(even.lengths) - min(even.lengths) <= 1
+
+
+def test_everyone_begins_a_round_and_ends_one_as_often(monkeypatch):
+    monkeypatch.setattr("tilemla.bench.run.OURS", Named("tilemla"))
+    names = ["tilemla", "other", "another"]
+    rounds = 2 * len(names)
+    clock = ScriptedClock({name: [10.0] * rounds for name in names})
+    context = context_of(timing=TimingMode("none", rounds=rounds))
+    measure(GridCase(2, 100, 16, 1), context, [Named("other"), Named("another")], clock, CPU)
+    turns = {tuple(clock.order[at : at + len(names)]) for at in range(0, len(clock.order), len(names))}
+    assert turns == set(itertools.permutations(names))
 
 
 def test_what_arithmetic_bounds_is_not_compared_with_reading(monkeypatch):
