@@ -32,7 +32,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     roles_of,
 )
 from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS, begin_and_end
-from tilemla.dsl.sm90.way_out import make_way_out
+from tilemla.dsl.sm90.way_out import INTERLEAVED, make_way_out
 from tilemla.dsl.sm90.way_out_source import WAY_OUT_SOURCE
 from tilemla.kv_formats import FP8_LAYOUTS
 
@@ -118,7 +118,7 @@ def make_decode_program(spec, config) -> Program:
         make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of),
         make_fp8_producer(layout, make_walk(blocks_of, read_index, address), blocks_of),
     )
-    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=True)
+    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func

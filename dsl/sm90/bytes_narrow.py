@@ -20,6 +20,7 @@ from tilemla.dsl.sm90.decode import MAX_GRID_Y, PASS_CONFIG
 from tilemla.dsl.sm90.e4m3_source import E4M3_SOURCE
 from tilemla.dsl.sm90.narrow_consumer import make_consumer
 from tilemla.dsl.sm90.narrow_load import make_load_warp
+from tilemla.dsl.sm90.narrow_out import INTERLEAVED
 from tilemla.dsl.sm90.narrow_source import NARROW_SOURCE
 from tilemla.dsl.sm90.narrow_tile import (
     CONSUMER_REGISTERS,
@@ -61,7 +62,7 @@ def make_decode_program(spec, config) -> Program:
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     consumer = make_consumer(head_dim_qk, head_dim_v)
     load_warp = make_load_warp(head_dim_qk)
-    combine = make_combine(head_dim_v, accum, config, early=True)
+    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func

@@ -40,7 +40,7 @@ def make_combine(
     config: KernelConfig,
     *,
     early: bool,
-    interleaved: bool = False,
+    interleaved: int = 0,
     ctas_per_sm: int = 5,
     read_sink: Callable[[Any, Any, Any], Any] = sink_of_group,
 ) -> Any:
@@ -56,9 +56,9 @@ def make_combine(
         Its ``full_grid`` and ``splits_ahead``.
     early : bool
         Whether the kernel is launched under the tail of the decode kernel and waits for its end itself.
-    interleaved : bool
-        Whether each 16 columns of a partial row lie as threads hold them that write four at once: two of the first
-        eight, then two of the second eight.
+    interleaved : int
+        How many columns of a partial row alternate by twos with as many that follow them, as threads hold them that
+        write two of both at once; 0 where none do.
     ctas_per_sm : int
         CTAs that the registers of an SM are to suffice for.
     read_sink : callable
@@ -125,12 +125,13 @@ def make_combine(
         def first_column(lane):
             # of the four that a lane writes
             if interleaved:
-                return lane // 4 * 16 + lane % 2 * 8 + lane % 4 // 2 * 4
+                lanes = interleaved // 2
+                return lane // lanes * (2 * interleaved) + lane % 2 * interleaved + lane % lanes // 2 * _VECTOR
             return lane * _VECTOR
 
         @T.macro
         def exchange_pairs(merged):
-            # Even lanes get four columns of the first eight, odd lanes four of the second.
+            # Even lanes get four of the first columns, odd lanes four of those that follow.
             is_odd = T.get_thread_binding() % 2 == 1
             for i in T.unroll(vectors):
                 for v in T.unroll(2):

@@ -35,6 +35,7 @@ from tilemla.dsl.sm90.tile import (
     STAGE_COLUMNS,
     WARPGROUP,
 )
+from tilemla.dsl.sm90.way_out import INTERLEAVED
 from tilemla.dsl.sm90.way_out_source import WAY_OUT_SOURCE
 
 MAX_GRID_Y = 65535  # CUDA's limit for a grid's second axis
@@ -75,7 +76,7 @@ def make_decode_program(spec, config) -> Program:
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
     score_warpgroup = make_score_warpgroup(dtype, head_dim_qk, head_dim_v, config)
     output_warpgroups = make_output_warpgroups(page_block_size, head_dim_qk, head_dim_v, config)
-    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=True)
+    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
 
     @T.prim_func

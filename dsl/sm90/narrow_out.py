@@ -17,6 +17,7 @@ from tilemla.dsl.sm90.narrow_tile import (
 )
 from tilemla.dsl.sm90.tile import WARPGROUP
 
+INTERLEAVED = 16  # columns of a partial row, see `combine`
 _HALF_TILES = NUM_TILES // 2
 _MERGED = _HALF_TILES * SCORES  # outputs that a thread merges
 
@@ -76,44 +77,42 @@ def make_way_out(head_dim_v: int) -> SimpleNamespace:
 
     @T.macro
     def write_rows(acc, mine, theirs, place, to_partial, at, t):
-        pair = T.alloc_local((2,), accum)
+        four = T.alloc_local((4,), accum)  # two columns of two tiles
         for c in T.unroll(COLUMNS):
             row = t.tile[0] + at.column + c // 2 * 8 + c % 2
             if row < t.rows:
-                for tile in T.unroll(_HALF_TILES):
-                    for half in T.unroll(2):
-                        i = tile * SCORES + c // 2 * 4 + half * 2 + c % 2
-                        pair[half] = T.call_extern(
-                            accum,
-                            "tilemla::sum_of_products",
-                            T.if_then_else(at.group == 0, acc[i], acc[_MERGED + i]),
-                            mine[c],
-                            t.own[1 - at.group, i * WARPGROUP + t.tx % WARPGROUP],
-                            theirs[c],
-                        )
-                    column = (
-                        at.group * (head_dim_v // NUM_WARPGROUPS)
-                        + tile // 2 * PIECE_COLUMNS
-                        + at.warp * 32
-                        + tile % 2 * 16
-                        + at.lane // 4 * 2
-                    )
+                for piece in T.unroll(_HALF_TILES // 2):
+                    for tile in T.unroll(2):
+                        for half in T.unroll(2):
+                            i = (piece * 2 + tile) * SCORES + c // 2 * 4 + half * 2 + c % 2
+                            four[tile * 2 + half] = T.call_extern(
+                                accum,
+                                "tilemla::sum_of_products",
+                                T.if_then_else(at.group == 0, acc[i], acc[_MERGED + i]),
+                                mine[c],
+                                t.own[1 - at.group, i * WARPGROUP + t.tx % WARPGROUP],
+                                theirs[c],
+                            )
+                    column = at.group * (head_dim_v // NUM_WARPGROUPS) + piece * PIECE_COLUMNS + at.warp * 32
                     if to_partial:
                         T.call_extern(
                             "handle",
-                            "tilemla::store_pair",
-                            T.address_of(t.out_accum[place, t.head, row, column]),
-                            pair[0],
-                            pair[1],
+                            "tilemla::store_four",
+                            T.address_of(t.out_accum[place, t.head, row, column + at.lane // 4 * 4]),
+                            four[0],
+                            four[1],
+                            four[2],
+                            four[3],
                         )
                     else:
-                        T.call_extern(
-                            "handle",
-                            "tilemla::store_halves",
-                            T.address_of(t.out[place, t.head, row, column]),
-                            pair[0],
-                            pair[1],
-                        )
+                        for tile in T.unroll(2):
+                            T.call_extern(
+                                "handle",
+                                "tilemla::store_halves",
+                                T.address_of(t.out[place, t.head, row, column + tile * INTERLEAVED + at.lane // 4 * 2]),
+                                four[tile * 2],
+                                four[tile * 2 + 1],
+                            )
 
     @T.macro
     def write_lse(running_max, row_sum, request, place, to_partial, at, t):

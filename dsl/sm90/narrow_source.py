@@ -145,6 +145,10 @@ __device__ __forceinline__ float sum_of_products(float a, float x, float b, floa
   return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y));
 }
 
+__device__ __forceinline__ void store_four(void *to, float a, float b, float c, float d) {
+  *static_cast<float4 *>(to) = make_float4(a, b, c, d);
+}
+
 __device__ __forceinline__ void store_halves(void *to, float first, float second) {
   unsigned pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));

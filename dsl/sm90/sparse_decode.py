@@ -44,7 +44,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     roles_of,
 )
 from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS
-from tilemla.dsl.sm90.way_out import make_way_out
+from tilemla.dsl.sm90.way_out import INTERLEAVED, make_way_out
 from tilemla.dsl.sm90.way_out_source import WAY_OUT_SOURCE
 from tilemla.kv_formats import FP8_LAYOUTS
 
@@ -118,7 +118,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
         dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums, blocks=blocks
     )
     output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request, blocks)
-    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=True, read_sink=_head_sink)
+    combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED, read_sink=_head_sink)
 
     @T.macro
     def read_index(index, cursor, token, t):

@@ -9,6 +9,8 @@ import tilelang.language as T
 from tilemla.dsl.schedule import is_split, split_slot
 from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, WARPGROUP, assume_stage
 
+INTERLEAVED = 8  # columns of a partial row, see `combine`
+
 
 def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
     """Make the macros ``scale_rows``, ``write_tile`` and ``write_empty``.
@@ -37,7 +39,7 @@ def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
         if is_split(t.part, request):
             slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
             row = T.alloc_var("int32", init=row0 + t.tx % WARPGROUP // 32 * 16 + t.tx % 32 // 4)
-            # In the order that `combine` calls interleaved: a row's sectors by half as many instructions.
+            # Interleaved as `combine` has it: a row's sectors by half as many instructions.
             T.call_extern(
                 "handle",
                 f"tilemla::store_rows<{share}>",
