@@ -34,7 +34,6 @@ from tilemla.dsl.sm90.sparse_tile import (
     QUARTER,
     STAGE_BYTES,
     TURN_PIECES,
-    WARP,
     full_of_half,
     k_step_offset,
     load_q,
@@ -50,6 +49,7 @@ from tilemla.dsl.sm90.tile import (
     SLICE,
     WARPGROUP,
     arrive_warp,
+    row_of,
 )
 
 SUMS = 4 * ROWS  # rows' sums that the warpgroups exchange: each one's, of a query and of the next one
@@ -304,7 +304,7 @@ def make_alternating_warpgroup(
         other_phase = T.alloc_var("int32", init=0)
         stage = T.alloc_var("int32", init=0)  # of the request's first block
         slot = T.alloc_var("int32", init=0)
-        row = t.tx % WARPGROUP // WARP * 16 + t.tx % WARP // 4
+        row = row_of(t.tx)
         column = t.tx % 4 * 2
         bits = T.alloc_local((1,), "int32")
         p_place = T.alloc_var(

@@ -23,7 +23,7 @@ from tilemla.dsl.sm90.e4m3_tile import (
 )
 from tilemla.dsl.sm90.mask import hide_scores
 from tilemla.dsl.sm90.softmax import make_softmax
-from tilemla.dsl.sm90.tile import ROWS, SCORE_BARRIER, SCORES, WARPGROUP, begin_and_end
+from tilemla.dsl.sm90.tile import ROWS, SCORE_BARRIER, SCORES, WARPGROUP, begin_and_end, row_of
 
 _STEPS_PER_ATOM = ATOM_COLUMNS // K_STEP
 
@@ -182,7 +182,7 @@ def make_score_warpgroup(head_dim_v: int) -> Any:
         running_max = T.alloc_local((2,), accum)
         row_sum = T.alloc_local((2,), accum)  # over this thread's columns until the request ends
         item = T.alloc_var("int32", init=0)
-        row = t.tx // 32 * 16 + t.tx % 32 // 4
+        row = row_of(t.tx)
         column = t.tx % 4 * 2
         softened = with_fields(t, kv=t.p, softmax_scale_log2=score_scale)
         latent = T.alloc_wgmma_desc()

@@ -12,18 +12,18 @@ from tilemla.dsl.attention import first_visible_key
 from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.load import REQUEST, make_loader
 from tilemla.dsl.sm90.tile import (
-    LEFT_BARRIER,
     NOT_UNROLLED,
     NUM_STAGES,
     ROWS,
-    WARPGROUP,
     arrive_warp,
     assume_stage,
+    barrier_of_half,
     begin_and_end,
     half_of,
     is_loading,
     next_turn,
     phase_of,
+    row_of,
     stage_of,
     sync_half,
 )
@@ -77,7 +77,7 @@ def make_output_warpgroups(page_block_size: int, head_dim_qk: int, head_dim_v: i
     def output_warpgroups(acc, cursor, t):
         scale = T.alloc_fragment((ROWS,), accum)
         turn = T.alloc_var("int32", init=0)
-        row = t.tx % WARPGROUP // 32 * 16 + t.tx % 32 // 4
+        row = row_of(t.tx)
         if is_loading(t.tx):
             cursor[REQUEST] = t.part.begin_request
             seek(cursor, t)
@@ -115,7 +115,7 @@ def make_output_warpgroups(page_block_size: int, head_dim_qk: int, head_dim_v: i
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[i]
                 last_stage = stage_of(turn)
-                way_out.write_tile(acc, scale, request, last_stage, 0, half_of(t.tx), half_of(t.tx) + LEFT_BARRIER, t)
+                way_out.write_tile(acc, scale, request, last_stage, 0, half_of(t.tx), barrier_of_half(t.tx), t)
                 hand_back(last_stage, turn, cursor, t)
                 turn = next_turn(turn)
 

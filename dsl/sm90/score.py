@@ -26,6 +26,7 @@ from tilemla.dsl.sm90.tile import (
     columns_of_thirds,
     next_turn,
     phase_of,
+    row_of,
     stage_of,
 )
 
@@ -152,7 +153,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         running_max = T.alloc_local((2,), accum)
         row_sum = T.alloc_local((2,), accum)  # over this thread's columns until the request ends
         turn = T.alloc_var("int32", init=0)
-        row = t.tx // 32 * 16 + t.tx % 32 // 4
+        row = row_of(t.tx)
         column = t.tx % 4 * 2
         # Once, not in the loop: the unused bits of the struct would be live from one block to the next.
         keys = T.alloc_wgmma_desc()

@@ -6,7 +6,7 @@ import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.sparse_tile import ALONE, NUM_PIECES, NUM_STAGES, QUARTER, WARP
-from tilemla.dsl.sm90.tile import ROWS, WARPGROUP, arrive_warp, next_turn, phase_of, stage_of
+from tilemla.dsl.sm90.tile import ROWS, arrive_warp, next_turn, phase_of, row_of, stage_of
 
 
 def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks: int = ALONE) -> Any:
@@ -46,7 +46,7 @@ def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks:
     def output_warpgroup(first, second, column, barrier_id, t):
         scale = T.alloc_fragment((ROWS,), accum)
         turn = T.alloc_var("int32", init=0)
-        row = t.tx % WARPGROUP // WARP * 16 + t.tx % WARP // 4
+        row = row_of(t.tx)
         for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
             bounds = blocks_of(request, t)
             begin = T.alloc_var("int32", init=bounds.begin)

@@ -14,7 +14,6 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_WARPS,
     OPERANDS,
     Q_STAGE,
-    WARP,
     Roles,
     columns_of_pieces,
     k_step_offset,
@@ -30,6 +29,7 @@ from tilemla.dsl.sm90.tile import (
     arrive_warp,
     next_turn,
     phase_of,
+    row_of,
     stage_of,
 )
 
@@ -166,7 +166,7 @@ def make_score_warpgroup(
         row_sum = T.alloc_local((2,), accum)  # over this thread's columns until the request ends
         turn = T.alloc_var("int32", init=0)
         q_phase = T.alloc_var("int32", init=0)
-        row = t.tx // WARP * 16 + t.tx % WARP // 4
+        row = row_of(t.tx)
         column = t.tx % 4 * 2
         keys = T.alloc_wgmma_desc()
         T.initialize_wgmma_descriptor(keys, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)  # 128-byte swizzle

@@ -69,6 +69,16 @@ def half_of(tx) -> Any:
     return tx // WARPGROUP - 1
 
 
+def barrier_of_half(tx) -> Any:
+    """The named barrier of an output warpgroup, int32."""
+    return half_of(tx) + LEFT_BARRIER
+
+
+def row_of(tx) -> Any:
+    """The first row of a tile that a thread holds elements of in wgmma's accumulators, int32; the other is 8 below."""
+    return tx % WARPGROUP // 32 * 16 + tx % 32 // 4
+
+
 def is_loading(tx) -> Any:
     """Whether a thread is of the warp that issues the loads."""
     return (tx >= LOAD_WARP_BEGIN) & (tx < LOAD_WARP_END)
@@ -103,7 +113,7 @@ def arrive_warp(barriers, index, tx) -> None:
 @T.macro
 def sync_half(tx) -> None:
     """Synchronise an output warpgroup, by itself."""
-    T.sync_threads(half_of(tx) + LEFT_BARRIER, WARPGROUP)
+    T.sync_threads(barrier_of_half(tx), WARPGROUP)
 
 
 @T.macro

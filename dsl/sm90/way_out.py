@@ -7,7 +7,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.schedule import is_split, split_slot
-from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, WARPGROUP, assume_stage
+from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, WARPGROUP, assume_stage, row_of
 
 INTERLEAVED = 8  # columns of a partial row, see `combine`
 
@@ -38,7 +38,7 @@ def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
         head = T.alloc_var("int32", init=t.tile[1])
         if is_split(t.part, request):
             slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            row = T.alloc_var("int32", init=row0 + t.tx % WARPGROUP // 32 * 16 + t.tx % 32 // 4)
+            row = T.alloc_var("int32", init=row0 + row_of(t.tx))
             # Interleaved as `combine` has it: a row's sectors by half as many instructions.
             T.call_extern(
                 "handle",
