@@ -11,7 +11,7 @@ import tilelang.language as T
 
 from tilemla.dsl.attention import first_visible_block
 from tilemla.dsl.program import Program
-from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, Part, count_blocks, idle_row, write_part
+from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, Part, count_blocks, idle_row, write_order, write_part
 
 _SCAN_STEPS = 10
 _SCAN_THREADS = 1 << _SCAN_STEPS
@@ -37,8 +37,8 @@ def _piece(request, piece, pieces, cache_seqlen, cut) -> Part:
     begin_cut = (_first_piece(first, cut.blocks_per_split) + piece) * cut.blocks_per_split
     is_split = T.if_then_else(pieces > 1, 1, 0)
     return Part(
-        begin_request=request,
-        end_request_inclusive=request,
+        begin_place=request,
+        end_place_inclusive=request,
         begin_block=T.max(begin_cut, first),
         end_block=T.if_then_else(piece < pieces - 1, begin_cut + cut.blocks_per_split, end),
         begin_split=piece,
@@ -65,6 +65,7 @@ def _write_part(cache_seqlens, metadata, num_splits, b, part, cut):
         write_part(metadata, part, _piece(request, part - num_splits[request], pieces, cache_seqlens[request], cut))
     else:
         write_part(metadata, part, idle_row(b))
+    write_order(metadata, part, 0)
 
 
 class _Cut:

@@ -116,15 +116,16 @@ def make_decode_program(spec) -> Program:
             row0 = tile_index * block_m
             tile_rows = T.min(block_m, rows - row0)
             part = schedule.read_part(tile_scheduler_metadata, part_index)
-            for step in T.serial(part.end_request_inclusive - part.begin_request + 1):
-                request = part.begin_request + step
+            for step in T.serial(part.end_place_inclusive - part.begin_place + 1):
+                place = part.begin_place + step
+                request = T.alloc_var("int32", init=schedule.request_at(tile_scheduler_metadata, place))
                 cache_seqlen = cache_seqlens[request]
                 first_key = attention.first_visible_key(cache_seqlen, seq_len_q, window_left)
                 first_block = T.max(
-                    schedule.first_block(part, request),
+                    schedule.first_block(part, place),
                     attention.first_visible_block(cache_seqlen, seq_len_q, window_left, BLOCK_N),
                 )
-                end_block = schedule.end_block(part, request, cache_seqlen, BLOCK_N)
+                end_block = schedule.end_block(part, place, cache_seqlen, BLOCK_N)
                 for i in T.serial(tile_rows):
                     rows_of.clear_row(tile, i)
                     for d in T.serial(head_dim_qk):
@@ -152,8 +153,8 @@ def make_decode_program(spec) -> Program:
                         rows_of.soften_row(tile, i, score_scale)
                         rows_of.accumulate_row(tile, i)
                 for i in T.serial(tile_rows):
-                    if schedule.is_split(part, request):
-                        slot = schedule.split_slot(part, request, num_splits)
+                    if schedule.is_split(part, place):
+                        slot = schedule.split_slot(part, place, request, num_splits)
                         rows_of.write_partial_row(out_accum, lse_accum_log2, (slot, head_k, row0 + i), tile, i)
                     else:
                         rows_of.write_row(

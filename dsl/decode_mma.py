@@ -27,7 +27,16 @@ from tilemla.dsl.attention import (
     sink_share,
 )
 from tilemla.dsl.program import Program
-from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, end_block, first_block, is_split, read_part, split_slot
+from tilemla.dsl.schedule import (
+    BLOCK_N,
+    NUM_COLUMNS,
+    end_block,
+    first_block,
+    is_split,
+    read_part,
+    request_at,
+    split_slot,
+)
 from tilemla.dsl.sm90.combine import make_combine
 
 _CHUNK = 8  # elements of a 16-byte cp.async
@@ -179,18 +188,19 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
             tx = T.get_thread_binding()
             row0 = tile_index * block_m
             part = read_part(tile_scheduler_metadata, part_index)
-            for request in T.serial(part.begin_request, part.end_request_inclusive + 1):
+            for place in T.serial(part.begin_place, part.end_place_inclusive + 1):
+                request = T.alloc_var("int32", init=request_at(tile_scheduler_metadata, place))
                 cache_seqlen = T.alloc_var("int32", init=cache_seqlens[request])
                 first_seen = T.alloc_var("int32", init=first_visible_key(cache_seqlen, seq_len_q, window_left))
                 visible = SimpleNamespace(begin=first_seen, end=cache_seqlen)
                 begin = T.alloc_var(
                     "int32",
-                    init=T.max(first_block(part, request) * tiles_per_block, T.truncdiv(first_seen, block_n)),
+                    init=T.max(first_block(part, place) * tiles_per_block, T.truncdiv(first_seen, block_n)),
                 )
                 end = T.alloc_var(
                     "int32",
                     init=T.min(
-                        end_block(part, request, cache_seqlen, BLOCK_N) * tiles_per_block,
+                        end_block(part, place, cache_seqlen, BLOCK_N) * tiles_per_block,
                         T.ceildiv(cache_seqlen, block_n),
                     ),
                 )
@@ -262,14 +272,14 @@ def make_decode_program(spec, config, tile: Tile | None = None) -> Program:
                 for i in T.Parallel(block_m):
                     factor[i] = inverse_sum(row_sum[i])
                     if has_sink != 0:
-                        if T.Not(is_split(part, request)):
+                        if T.Not(is_split(part, place)):
                             sink = attn_sink[head, T.truncmod(row0 + i, group_size)]
                             factor[i] = inverse_sum(row_sum[i], sink_share(running_max[i], sink))
                 T.copy(factor, scale)
                 for i, j in T.Parallel(block_m, head_dim_v):
                     acc[i, j] = acc[i, j] * scale[i]
-                if is_split(part, request):
-                    slot = T.alloc_var("int32", init=split_slot(part, request, num_splits))
+                if is_split(part, place):
+                    slot = T.alloc_var("int32", init=split_slot(part, place, request, num_splits))
                     for i, j in T.Parallel(block_m, head_dim_v):
                         if row0 + i < rows:
                             out_accum[slot, head, row0 + i, j] = acc[i, j]

@@ -111,8 +111,8 @@ def make_sparse_decode_program(spec) -> Program:
             row0 = tile_index * block_m
             tile_rows = T.min(block_m, h_q - row0)
             part = schedule.read_part(tile_scheduler_metadata, part_index)
-            for step in T.serial(part.end_request_inclusive - part.begin_request + 1):
-                request = part.begin_request + step
+            for step in T.serial(part.end_place_inclusive - part.begin_place + 1):
+                request = part.begin_place + step
                 length = T.max(T.min(topk_length[request], topk), 0)
                 extra_length = T.max(T.min(extra_topk_length[request], extra_topk), 0)
                 main_blocks = schedule.count_blocks(length, schedule.BLOCK_N)
@@ -146,7 +146,7 @@ def make_sparse_decode_program(spec) -> Program:
                     chosen.attend_block(tile, tile_rows, softmax_scale_log2)
                 for i in T.serial(tile_rows):
                     if schedule.is_split(part, request):
-                        slot = schedule.split_slot(part, request, num_splits)
+                        slot = schedule.split_slot(part, request, request, num_splits)
                         rows_of.write_partial_row(out_accum, lse_accum_log2, (slot, query, row0 + i), tile, i)
                     else:
                         rows_of.write_row(

@@ -399,7 +399,7 @@ def decode_checked(
         given = Given(*make_batch_invariant_schedule(cache_seqlens, max_tokens, **window), by_length)
     metadata, splits, _ = given
     if on_cpu:
-        check_cpu_schedule(metadata, splits, cache_seqlens, **window)
+        check_cpu_schedule(metadata, splits, cache_seqlens, seq_len_q=seq_len_q, window_left=traits.window_left)
 
     # A cache without pages serves requests without tokens, but no kernel can be given an empty tensor.
     has_empty = not (batch_size and num_blocks and block_table.shape[1])

@@ -7,7 +7,28 @@ from typing import Any, NamedTuple
 import torch
 
 NO_WINDOW = -1
+_ORDER_FIELD = 7  # of a row: the requests at four places, a byte each
 _SCHEDULE_TENSORS = ("tile_scheduler_metadata", "num_splits")
+
+
+def order_of(tile_scheduler_metadata: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The requests by place, of a schedule with an order; of another one nothing that means anything.
+
+    Parameters
+    ----------
+    tile_scheduler_metadata : Tensor, (num_sm_parts, 8), int32
+    batch_size : int
+        Requests.
+
+    Returns
+    -------
+    Tensor, (batch_size,), int32
+        On the same device.
+    """
+    fours = tile_scheduler_metadata[:, _ORDER_FIELD:].contiguous().view(torch.uint8).flatten()[:batch_size]
+    order = torch.zeros(batch_size, dtype=torch.int32, device=fours.device)
+    order[: fours.shape[0]] = fours
+    return order
 
 
 class ScheduleConfig(NamedTuple):

@@ -13,7 +13,8 @@ from tilemla.allocate import allocator_for
 from tilemla.costs import BATCH_INVARIANT_BLOCKS, ScheduleCosts, costs_of_kind, select_schedule_costs
 from tilemla.launch import arch_of_device, gpu_name_of, module_for, num_sms_of
 from tilemla.plan import remember
-from tilemla.sched_meta import NO_WINDOW, FlashMLASchedMeta
+from tilemla.sched_meta import NO_WINDOW, FlashMLASchedMeta, order_of
+from tilemla.spec import ORDERED
 from tilemla.streams import current_device
 from tilemla.tuning.chosen import chosen_costs
 from tilemla.validate import METADATA_FIELDS, SCHEDULING_BLOCK, check_cache_seqlens, check_int
@@ -103,7 +104,8 @@ class SchedulePlan:
         self._metadata_shape = (num_sm_parts, METADATA_FIELDS)
         self._splits_shape = (batch_size + 1,)
         costs = costs or costs_for(device, tokens_per_head_k, batch_size, num_sm_parts, kind)
-        self._arguments = (*costs, seq_len_q, window_left)
+        # Kernels that take indices visit requests as they come.
+        self._arguments = (*costs, seq_len_q, window_left, int(kind != "indexed"))
 
     def run(self, cache_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue the scheduler on the current stream of the tensor's device; returns as ``make_schedule``.
@@ -223,8 +225,8 @@ def _schedule_of_nothing(num_sm_parts: int, device: torch.device) -> tuple[torch
 def derive_num_splits(tile_scheduler_metadata: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Compute ``num_splits`` of a schedule where it is, without a host round trip.
 
-    Each part holds one piece of each request from its first to its last; idle parts, whose first comes after their
-    last, hold none.
+    Each part holds one piece of the request at each place from its first to its last; idle parts, whose first comes
+    after their last, hold none.
 
     Parameters
     ----------
@@ -239,10 +241,16 @@ def derive_num_splits(tile_scheduler_metadata: torch.Tensor, batch_size: int) ->
         Exclusive prefix sum of the requests' split counts.
     """
     begin, end_inclusive = tile_scheduler_metadata[:, :1], tile_scheduler_metadata[:, 1:2]
-    request = torch.arange(batch_size + 1, dtype=torch.int32, device=tile_scheduler_metadata.device)
-    # (num_sm_parts, batch_size + 1): pieces of earlier requests that a part holds.
-    pieces = (torch.minimum(end_inclusive + 1, request) - begin).clamp_(min=0)
-    return pieces.sum(0, dtype=torch.int32)
+    is_ordered = (begin >= ORDERED).any()
+    first = torch.where(is_ordered, ORDERED, 0)
+    place = torch.arange(batch_size, dtype=torch.int32, device=tile_scheduler_metadata.device)
+    # (num_sm_parts, batch_size): whether a part holds a piece of the request at a place.
+    holds = (begin - first <= place) & (place <= end_inclusive - first)
+    order = order_of(tile_scheduler_metadata, batch_size).clamp_(max=max(batch_size - 1, 0))
+    request = torch.where(is_ordered, order, place).long()
+    pieces = torch.zeros(batch_size + 1, dtype=torch.int32, device=place.device)
+    pieces[1:].scatter_add_(0, request, holds.sum(0, dtype=torch.int32))
+    return pieces.cumsum(0, dtype=torch.int32)
 
 
 def get_mla_metadata(

@@ -233,6 +233,6 @@ def _blocks_of(topk: int) -> int:
 def _check_schedule(metadata: torch.Tensor, splits: torch.Tensor, lengths: torch.Tensor, most: int) -> None:
     """Check a schedule in CPU memory: one for all of topk will do as well, for what is past a length names no token."""
     try:
-        check_cpu_schedule(metadata, splits, torch.full_like(lengths, most))
+        check_cpu_schedule(metadata, splits, torch.full_like(lengths, most), takes_order=False)
     except ValueError:
-        check_cpu_schedule(metadata, splits, lengths)
+        check_cpu_schedule(metadata, splits, lengths, takes_order=False)

@@ -29,6 +29,8 @@ _PAIRED = ("mla_sparse_decode_paired",)
 _NARROW = ("mla_decode_narrow",)
 # Rows of a query tile of that program.
 NARROW_ROWS = 16
+# The first place of a tile schedule that visits the requests in an order of its own; no batch is as large.
+ORDERED = 1 << 30
 # Those that results were compared on: what is built unless others are asked for.
 TESTED_ARCHS = ("sm_90a", "cpu")
 ARCHS = (*TESTED_ARCHS, "sm_80", "sm_89", "sm_100", "sm_120")

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tilemla.sched_meta import order_of
+from tilemla.spec import ORDERED
+
 # Elements that TMA moves at once: addresses and strides must be multiples of 16 bytes.
 TMA_ALIGNMENT_ELEMENTS = 8
 TMA_ALIGNMENT_BYTES = 16
@@ -303,10 +306,12 @@ def check_cpu_schedule(
     *,
     seq_len_q: int = 1,
     window_left: int = -1,
+    takes_order: bool = True,
 ) -> None:
     """Check that a schedule in CPU memory covers each block of each request that a query sees exactly once.
 
-    With a window, blocks that lie before it may be covered or left out: a schedule may know of the window or not.
+    With a window, blocks that lie before it may be covered or left out: a schedule may know of the window or not. It
+    may visit the requests in an order of its own where kernels take that.
 
     Raises
     ------
@@ -318,26 +323,38 @@ def check_cpu_schedule(
     num_blocks = ((lengths.astype(np.int64) + (SCHEDULING_BLOCK - 1)) // SCHEDULING_BLOCK).tolist()
     first_visible = (_first_visible_tokens(lengths, seq_len_q, window_left) // SCHEDULING_BLOCK).tolist()
     offsets = num_splits[: batch_size + 1].tolist()
-    request = block = split = 0
-    for part, row in enumerate(tile_scheduler_metadata.tolist()):
+    rows = tile_scheduler_metadata.tolist()
+    order = list(range(batch_size))
+    first_place = 0
+    if any(row[0] >= ORDERED for row in rows):
+        if not takes_order:
+            _raise_schedule("it visits the requests in an order of its own, which calls with indices do not")
+        order, first_place = order_of(tile_scheduler_metadata, batch_size).tolist(), ORDERED
+        if sorted(order) != list(range(batch_size)):
+            _raise_schedule(f"it visits the requests in the order {order}, which has not each of {batch_size} once")
+    place = block = split = 0
+    for part, row in enumerate(rows):
         begin, end_inclusive, begin_block, end_block, begin_split, first_is_split, last_is_split, _ = row
         if begin > end_inclusive:
             continue
         where = f"part {part} is {row}"
+        begin, end_inclusive = begin - first_place, end_inclusive - first_place
         if end_inclusive >= batch_size:
             _raise_schedule(f"{where}, past the last of {batch_size} requests")
-        if (begin, begin_split) == (request, split) and split == 0 <= begin_block <= first_visible[request]:
+        request = order[min(place, batch_size - 1)]
+        if (begin, begin_split) == (place, split) and split == 0 <= begin_block <= first_visible[request]:
             block = begin_block
-        if (begin, begin_block, begin_split) != (request, block, split):
+        if (begin, begin_block, begin_split) != (place, block, split):
             _raise_schedule(f"{where}, but request {request} is covered up to block {block} in {split} splits")
-        for request in range(begin, end_inclusive + 1):
-            stop = end_block if request == end_inclusive else num_blocks[request]
+        for place in range(begin, end_inclusive + 1):
+            request = order[place]
+            stop = end_block if place == end_inclusive else num_blocks[request]
             if not (block < stop <= num_blocks[request] or block == stop == num_blocks[request] == 0):
                 _raise_schedule(f"{where}, but request {request} has blocks {block} to {num_blocks[request]} left")
             count = offsets[request + 1] - offsets[request]
-            if request == begin and bool(first_is_split) != (count > 1):
+            if place == begin and bool(first_is_split) != (count > 1):
                 _raise_schedule(f"{where}, but num_splits gives request {request} {count} splits")
-            if request == end_inclusive and bool(last_is_split) != (count > 1):
+            if place == end_inclusive and bool(last_is_split) != (count > 1):
                 _raise_schedule(f"{where}, but num_splits gives request {request} {count} splits")
             if stop == num_blocks[request]:
                 if count != split + 1:
@@ -345,9 +362,9 @@ def check_cpu_schedule(
                 block = split = 0
             else:
                 block, split = stop, split + 1
-        request = end_inclusive + (block == 0)
-    if (request, block) != (batch_size, 0) or offsets[0] != 0:
-        _raise_schedule(f"it ends at request {request}, block {block}, and num_splits starts at {offsets[0]}")
+        place = end_inclusive + (block == 0)
+    if (place, block) != (batch_size, 0) or offsets[0] != 0:
+        _raise_schedule(f"it ends after {place} requests, at block {block}, and num_splits starts at {offsets[0]}")
 
 
 def _raise_schedule(found: str) -> None:

@@ -234,6 +234,18 @@ def check_result(out, lse, reference, dtype=None, score_roundoff=0.0):
     check_lse(lse, reference, dtype or out.dtype, score_roundoff)
 
 
+def read_order(tile_scheduler_metadata, batch_size):
+    """The requests by place of a schedule, NumPy (num_sm_parts, 8) int32, and its first place."""
+    rows = np.ascontiguousarray(tile_scheduler_metadata, dtype="<i4")
+    if not (rows[:, 0] >= 2**30).any():
+        assert not rows[:, 7].any(), "an order, but places that are requests"
+        return list(range(batch_size)), 0
+    order = rows[:, 7].tobytes()  # four places a row
+    assert sorted(order[:batch_size]) == list(range(batch_size)), f"not an order of {batch_size}: {list(order)}"
+    assert not any(order[batch_size:]), f"an order of more than {batch_size}: {list(order)}"
+    return list(order[:batch_size]), 2**30
+
+
 def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=64, first_blocks=None):
     """Raise AssertionError unless a schedule covers every block of every request exactly once and says so.
 
@@ -246,21 +258,26 @@ def check_schedule(tile_scheduler_metadata, num_splits, cache_seqlens, block_n=6
     first_blocks = first_blocks or [0] * batch_size
     pieces = [[] for _ in range(batch_size)]
     split_flags = [[] for _ in range(batch_size)]
-    for part, row in enumerate(np.asarray(tile_scheduler_metadata).tolist()):
-        begin, end_inclusive, begin_block, end_block, begin_split, first_is_split, last_is_split, reserved = row
+    rows = np.asarray(tile_scheduler_metadata)
+    order, first_place = read_order(rows, batch_size)
+    for part, row in enumerate(rows.tolist()):
+        begin, end_inclusive, begin_block, end_block, begin_split, first_is_split, last_is_split, _ = row
         where = f"part {part}: {row}"
-        assert reserved == 0, where
         if begin > end_inclusive:
-            assert row == [batch_size, batch_size - 1, 0, 0, 0, 0, 0, 0], f"{where} is idle, but not written as such"
+            idle = [batch_size, batch_size - 1, 0, 0, 0, 0, 0]
+            assert row[:7] == idle, f"{where} is idle, but not written as such"
             continue
+        begin, end_inclusive = begin - first_place, end_inclusive - first_place
         assert 0 <= begin <= end_inclusive < batch_size, where
         assert begin < end_inclusive or first_is_split == last_is_split, f"{where}: one request, two answers"
-        assert begin_split == len(pieces[begin]), f"{where}: the request has {len(pieces[begin])} pieces before it"
-        for request in range(begin, end_inclusive + 1):
-            first = begin_block if request == begin else first_blocks[request]
-            end = end_block if request == end_inclusive else num_blocks[request]
+        before = len(pieces[order[begin]])
+        assert begin_split == before, f"{where}: the request has {before} pieces before it"
+        for place in range(begin, end_inclusive + 1):
+            request = order[place]
+            first = begin_block if place == begin else first_blocks[request]
+            end = end_block if place == end_inclusive else num_blocks[request]
             pieces[request].append((part, first, end))
-            flag = first_is_split if request == begin else last_is_split if request == end_inclusive else 0
+            flag = first_is_split if place == begin else last_is_split if place == end_inclusive else 0
             split_flags[request].append(flag)
     total = 0
     for request in range(batch_size):

@@ -1,6 +1,7 @@
 """The schedule covers each request's blocks exactly once, for any batch and any number of parts."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -9,13 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tilemla
-from reference import check_schedule
-from schedules import BLOCK_N, spread_schedule, walk
+from reference import check_schedule, read_order
+from schedules import BLOCK_N, order_for, spread_schedule, walk
 from tilemla import schedule
 from tilemla.costs import ScheduleCosts, formula_costs
 from tilemla.launch import module_for
 
-PAYLOADS = 16
+PAYLOADS, ORDERED_PAYLOADS = 16, 6
 FULL_TILE = formula_costs(64)
 
 
@@ -30,26 +31,29 @@ def make_schedule(lengths, num_sm_parts, device, costs=FULL_TILE, seq_len_q=1, w
     metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
     num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
     scheduler = module_for(device, "a test").functions["get_mla_metadata"]
-    scheduler(cache_seqlens, metadata, num_splits, *costs, seq_len_q, window_left)
+    scheduler(cache_seqlens, metadata, num_splits, *costs, seq_len_q, window_left, 1)
     return metadata.cpu().numpy(), num_splits.cpu().numpy()
 
 
 def best_plan(blocks, num_sm_parts, costs):
-    """The cheapest plan there is, by trying every payload: of equal ones one that may cut, then the least payload."""
+    """The cheapest plan there is, by trying all: of equal ones first requests as they come, cuts, the least payload."""
     overhead, combine, piece = costs
     share = -(-(sum(blocks) + overhead * len(blocks)) // num_sm_parts)
+    may_order = 1 < len(blocks) <= min(256, 4 * num_sm_parts) and 2 * len(blocks) >= num_sm_parts
     best = None
-    for may_cut in (True, False):
-        for payload in range(max(share, overhead + 1), share + PAYLOADS):
-            parts = walk(blocks, num_sm_parts, payload, may_cut, overhead)
-            if parts is None:
+    for is_ordered, may_cut in itertools.product((False, True) if may_order else (False,), (True, False)):
+        for payload in range(max(share, overhead + 1), share + (ORDERED_PAYLOADS if is_ordered else PAYLOADS)):
+            order = order_for(blocks, payload, may_cut, overhead) if is_ordered else list(range(len(blocks)))
+            parts = order and walk([blocks[request] for request in order], num_sm_parts, payload, may_cut, overhead)
+            if not parts:
                 continue
-            pieces = collections.Counter(request for part in parts for request, _, _ in part)
-            most = max(pieces.values())
-            cost = 8 * (payload - share) + (combine + most * piece if most > 1 else 0)
+            pieces = collections.Counter(place for part in parts for place, _, _ in part)
+            most, cuts = max(pieces.values()), min(pieces.total() - len(blocks), num_sm_parts)
+            merging = combine * (num_sm_parts + cuts) // (2 * num_sm_parts) if may_order else combine
+            cost = 8 * (payload - share + is_ordered) + (merging + most * piece if most > 1 else 0)
             if best is None or cost < best[0]:
-                best = cost, parts
-    return best[1]
+                best = cost, [[(order[place], first, end) for place, first, end in part] for part in parts], is_ordered
+    return best[1:]
 
 
 @pytest.mark.usefixtures("tuning_dir")
@@ -94,14 +98,16 @@ def test_the_cheapest_plan_is_carried_out(device, lengths, num_sm_parts, costs, 
     metadata, num_splits = make_schedule(lengths, num_sm_parts, device, costs, seq_len_q, window_left)
     begins = first_blocks(lengths, seq_len_q, window_left)
     pieces = check_schedule(metadata, num_splits, lengths, BLOCK_N, begins)  # every visible block is covered once
+    order, first_place = read_order(metadata, len(lengths))
     found = [[] for _ in range(num_sm_parts)]
-    for request, of_request in enumerate(pieces):
-        for part, first, end in of_request:
+    for request in order:
+        for part, first, end in pieces[request]:
             found[part].append((request, first - begins[request], end - begins[request]))
     if lengths:
         blocks = [-(-length // BLOCK_N) - begin for length, begin in zip(lengths, begins, strict=True)]
-        plan = best_plan(blocks, num_sm_parts, costs)
+        plan, is_ordered = best_plan(blocks, num_sm_parts, costs)
         assert found[: len(plan)] == plan and not any(found[len(plan) :])
+        assert is_ordered == (first_place > 0)
     # The partial buffers, of batch_size + num_sm_parts slots, are large enough.
     assert num_splits[-1] < len(lengths) + num_sm_parts or num_splits[-1] == len(lengths)
 

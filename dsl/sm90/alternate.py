@@ -49,6 +49,7 @@ from tilemla.dsl.sm90.tile import (
     SLICE,
     WARPGROUP,
     arrive_warp,
+    request_of,
     row_of,
 )
 
@@ -80,7 +81,7 @@ def make_alternating_warpgroup(
     head_dim_qk, head_dim_v : int
         Columns of a key and of a value, behind which P goes.
     blocks_of : callable
-        Of request and t: first block, and one past the last.
+        Of a request's place, itself and t: first block, and one past the last.
     way_out : SimpleNamespace
         Macros ``write_tile(acc, request, stage, first_column, row, column, barrier_id, t)``, whose stage is that of the
         request's last block, and ``write_empty(request, first_column, t)``.
@@ -321,10 +322,11 @@ def make_alternating_warpgroup(
         T.initialize_wgmma_descriptor(keys, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)
         T.initialize_wgmma_descriptor(values, T.address_of(t.kv[0, 0, 0]), 1, ATOM_BYTES >> 4, 64)
         if own == 0:
-            if t.part.begin_request <= t.part.end_request_inclusive:
-                load_q(t.part.begin_request, head_dim_qk, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = blocks_of(request, t)
+            if t.part.begin_place <= t.part.end_place_inclusive:
+                load_q(t.part.begin_place, head_dim_qk, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = request_of(place, t)
+            bounds = blocks_of(place, request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
@@ -336,8 +338,8 @@ def make_alternating_warpgroup(
                 T.barrier_wait(t.q_full[0], q_phase)
                 meet(q_phase, t)
                 if own == 0:
-                    if request < t.part.end_request_inclusive:
-                        load_q(request + 1, head_dim_qk, t)
+                    if place < t.part.end_place_inclusive:
+                        load_q(place + 1, head_dim_qk, t)
                 way_out.write_empty(request, own * HALF, t)
             else:
                 for e in T.unroll(_OUTPUTS):
@@ -345,7 +347,7 @@ def make_alternating_warpgroup(
                 first = T.alloc_var("int32", init=T.if_then_else(stage == own, begin, begin + 1))
                 # Where the next Q may be loaded: the other warpgroup has handed over what it made of this one.
                 last_with_next = T.alloc_var(
-                    "int32", init=T.if_then_else(request < t.part.end_request_inclusive, end - 1, -1)
+                    "int32", init=T.if_then_else(place < t.part.end_place_inclusive, end - 1, -1)
                 )
                 for pair in T.serial(T.shift_right(end - first + 1, 1)):
                     block = T.alloc_var("int32", init=first + pair * 2)
@@ -373,7 +375,7 @@ def make_alternating_warpgroup(
                     multiply_own(acc, p, 0, own, values)
                     multiply_own(acc, p, 1, own, values)
                     if block == last_with_next:
-                        load_q(request + 1, head_dim_qk, t)
+                        load_q(place + 1, head_dim_qk, t)
                     if block < end - 1:
                         hand_back(own, 0, own, t)
                     else:

@@ -14,7 +14,7 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import MAX_GRID_Y, PASS_CONFIG
-from tilemla.dsl.sm90.gather import BLOCK, EXTRA_LENGTH, LENGTH, REQUEST, make_walk
+from tilemla.dsl.sm90.gather import BLOCK, EXTRA_LENGTH, LENGTH, make_walk, request_of_cursor
 from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.mask import hide_scores
@@ -67,8 +67,8 @@ def make_decode_program(spec, config) -> Program:
     k_stride_page, k_stride_token, k_stride_h = T.dynamic("k_stride_page, k_stride_token, k_stride_h")
     table_stride_b, sink_group = T.dynamic("table_stride_b, sink_group")
 
-    def blocks_of(request, t):
-        bounds = begin_and_end(request, t)
+    def blocks_of(place, request, t):
+        bounds = begin_and_end(place, request, t)
         seqlen = t.cache_seqlens[request]
         return SimpleNamespace(
             begin=bounds.begin,
@@ -83,7 +83,7 @@ def make_decode_program(spec, config) -> Program:
         # A page, and the token of it.
         key = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
         if (key >= cursor[_FIRST_KEY]) & (key < cursor[LENGTH]):
-            index[0] = page_index(t.block_table, cursor[REQUEST], cursor[BLOCK])
+            index[0] = page_index(t.block_table, request_of_cursor(cursor, t), cursor[BLOCK])
             index[1] = token
 
     @T.macro
@@ -106,8 +106,8 @@ def make_decode_program(spec, config) -> Program:
     )
 
     @T.macro
-    def write_sums(request, row, half, row_sum, running_max, t):
-        softmax.write_lse(request, row, row_sum[half], running_max[half], t)
+    def write_sums(place, request, row, half, row_sum, running_max, t):
+        softmax.write_lse(place, request, row, row_sum[half], running_max[half], t)
 
     def q_tile(request, t):
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
@@ -172,8 +172,8 @@ def make_decode_program(spec, config) -> Program:
                 part_index += MAX_GRID_Y
             line = T.alloc_var("int32", init=T.min(part_index, num_sm_parts - 1))
             part = read_part(tile_scheduler_metadata, line)
-            begin_request = part.begin_request
-            end_request_inclusive = T.Select(part_index < num_sm_parts, part.end_request_inclusive, -1)
+            begin_place = part.begin_place
+            end_place_inclusive = T.Select(part_index < num_sm_parts, part.end_place_inclusive, -1)
             begin_block = part.begin_block
             last_end_block = part.end_block
             if tx == 0:
@@ -187,6 +187,7 @@ def make_decode_program(spec, config) -> Program:
                 kcache=kcache,
                 block_table=block_table,
                 cache_seqlens=cache_seqlens,
+                order=tile_scheduler_metadata,
                 num_splits=num_splits,
                 out=out,
                 softmax_lse=softmax_lse,
@@ -213,8 +214,8 @@ def make_decode_program(spec, config) -> Program:
                 group_size=group_size,
                 seq_len_q=seq_len_q,
                 part=read_part(tile_scheduler_metadata, tile[2])._replace(
-                    begin_request=begin_request,
-                    end_request_inclusive=end_request_inclusive,
+                    begin_place=begin_place,
+                    end_place_inclusive=end_place_inclusive,
                     begin_block=begin_block,
                     end_block=last_end_block,
                 ),

@@ -118,8 +118,8 @@ def make_decode_program(spec, config) -> Program:
                 part_index += MAX_GRID_Y
             line = T.alloc_var("int32", init=T.min(part_index, num_sm_parts - 1))
             part = read_part(tile_scheduler_metadata, line)
-            begin_request = part.begin_request
-            end_request_inclusive = T.Select(part_index < num_sm_parts, part.end_request_inclusive, -1)
+            begin_place = part.begin_place
+            end_place_inclusive = T.Select(part_index < num_sm_parts, part.end_place_inclusive, -1)
             begin_block = part.begin_block
             last_end_block = part.end_block
             T.pdl_trigger()
@@ -133,6 +133,7 @@ def make_decode_program(spec, config) -> Program:
                 kcache=kcache,
                 block_table=block_table,
                 cache_seqlens=cache_seqlens,
+                order=tile_scheduler_metadata,
                 num_splits=num_splits,
                 out=out,
                 softmax_lse=softmax_lse,
@@ -162,8 +163,8 @@ def make_decode_program(spec, config) -> Program:
                 group_size=group_size,
                 seq_len_q=seq_len_q,
                 part=read_part(tile_scheduler_metadata, tile[2])._replace(
-                    begin_request=begin_request,
-                    end_request_inclusive=end_request_inclusive,
+                    begin_place=begin_place,
+                    end_place_inclusive=end_place_inclusive,
                     begin_block=begin_block,
                     end_block=last_end_block,
                 ),

@@ -129,8 +129,8 @@ def make_decode_program(spec, config) -> Program:
                 tile[0] = row_tile * ROWS
                 tile[1] = layer_head
                 tile[2] = line
-                tile[3] = part.begin_request
-                tile[4] = T.if_then_else(part_index < num_sm_parts, part.end_request_inclusive, -1)
+                tile[3] = part.begin_place
+                tile[4] = T.if_then_else(part_index < num_sm_parts, part.end_place_inclusive, -1)
                 tile[5] = part.begin_block
                 tile[6] = part.end_block
                 value_scale[0] = descale_k[0]
@@ -140,6 +140,7 @@ def make_decode_program(spec, config) -> Program:
                 kcache=kcache,
                 block_table=block_table,
                 cache_seqlens=cache_seqlens,
+                order=tile_scheduler_metadata,
                 num_splits=num_splits,
                 out=out,
                 softmax_lse=softmax_lse,
@@ -169,8 +170,8 @@ def make_decode_program(spec, config) -> Program:
                 group_size=group_size,
                 seq_len_q=seq_len_q,
                 part=read_part(tile_scheduler_metadata, tile[2])._replace(
-                    begin_request=tile[3],
-                    end_request_inclusive=tile[4],
+                    begin_place=tile[3],
+                    end_place_inclusive=tile[4],
                     begin_block=tile[5],
                     end_block=tile[6],
                 ),

@@ -28,7 +28,7 @@ from tilemla.dsl.sm90.e4m3_tile import (
     slot_phase_of,
     stage_of,
 )
-from tilemla.dsl.sm90.load import REQUEST
+from tilemla.dsl.sm90.load import PLACE
 from tilemla.dsl.sm90.tile import (
     HALF,
     NOT_UNROLLED,
@@ -38,6 +38,7 @@ from tilemla.dsl.sm90.tile import (
     begin_and_end,
     half_of,
     is_loading,
+    request_of,
     sync_half,
 )
 
@@ -73,9 +74,10 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
                 t.kv[stage, i, half_of(t.tx) * HALF + thread * 2 + v] = 0
 
     @T.macro
-    def clear_unseen(request, left, item, t):
+    def clear_unseen(place, left, item, t):
         # P is 0 where no query sees a token, but what lies there may be NaN.
-        end = begin_and_end(request, t).end
+        request = T.alloc_var("int32", init=request_of(place, t))
+        end = begin_and_end(place, request, t).end
         shift = T.alloc_var("int32", init=(end - left) * BLOCK_N)
         seqlen = T.alloc_var("int32", init=t.cache_seqlens[request])
         first = T.alloc_var("int32", init=first_visible_key(seqlen, t.seq_len_q, t.window_left) - shift)
@@ -142,13 +144,13 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
                     acc[product * SCORES + j * 4 + e] = acc[product * SCORES + j * 4 + e] * pair[e % 2]
 
     @T.macro
-    def write_partial(acc, request, t):
+    def write_partial(acc, place, request, t):
         # Two columns of a row at a time.
         thread = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::thread_of_warpgroup"))
         lane, warp = thread % 32, thread // 32
         row0 = T.alloc_var("int32", init=t.tile[0] + lane % 4 * 2)
         head = T.alloc_var("int32", init=t.tile[1])
-        place = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+        slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
         first = T.alloc_var("int32", init=half_of(t.tx) * HALF + warp * CHUNK + lane // 4 * 2)
         for j in T.unroll(ROWS // 8):
             for e in T.unroll(2):
@@ -158,7 +160,7 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
                             "handle",
                             "tilemla::store_pair",
                             T.address_of(
-                                t.out_accum[place, head, row0 + (j * 8 + e), first + product * (ATOM_COLUMNS // 2)]
+                                t.out_accum[slot, head, row0 + (j * 8 + e), first + product * (ATOM_COLUMNS // 2)]
                             ),
                             acc[product * SCORES + j * 4 + e],
                             acc[product * SCORES + j * 4 + e + 2],
@@ -213,17 +215,19 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
                 to[index, head, row, half_of(t.tx) * HALF + thread * 2 + v] = 0
 
     @T.macro
-    def write_empty(request, t):
-        if is_split(t.part, request):
-            place = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            clear_rows(t.out_accum, place, t)
+    def write_empty(place, t):
+        request = T.alloc_var("int32", init=request_of(place, t))
+        if is_split(t.part, place):
+            slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
+            clear_rows(t.out_accum, slot, t)
         else:
             clear_rows(t.out, request, t)
 
     @T.macro
-    def write_tile(acc, request, t):
-        if is_split(t.part, request):
-            write_partial(acc, request, t)
+    def write_tile(acc, place, t):
+        request = T.alloc_var("int32", init=request_of(place, t))
+        if is_split(t.part, place):
+            write_partial(acc, place, request, t)
         else:
             write_out(acc, request, t)
 
@@ -251,15 +255,15 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
             + T.bitwise_xor(warp + lane // 16 * 4, lane % 8) * CHUNK,
         )
         if is_loading(t.tx):
-            cursor[REQUEST] = t.part.begin_request
+            cursor[PLACE] = t.part.begin_place
             seek(cursor, t)
             for stage in T.serial(NUM_STAGES - 1):
                 load(stage, 1, cursor, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = begin_and_end(request, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            bounds = begin_and_end(place, request_of(place, t), t)
             left = T.alloc_var("int32", init=bounds.end - bounds.begin)  # blocks; no register for more than that
             if left <= 0:
-                write_empty(request, t)
+                write_empty(place, t)
             else:
                 # The Q tile: the score warpgroup has it.
                 T.barrier_wait(t.p_full[slot_of(item)], slot_phase_of(item))
@@ -274,7 +278,7 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
                     values = T.alloc_var("int32", init=first_values + stage_of(item) * (ROWS * head_dim_v))
                     T.barrier_wait(t.full[stage_of(item)], phase_of(item))
                     if (left == 1) | (t.window_left >= 0):
-                        clear_unseen(request, left, item, t)
+                        clear_unseen(place, left, item, t)
                     read(raw, values, 0, 0)
                     widen(operand, raw, 0)
                     T.barrier_wait(t.p_full[slot_of(item)], slot_phase_of(item))
@@ -301,7 +305,7 @@ def make_output_warpgroups(head_dim_v: int, config: KernelConfig) -> Any:
                 T.sync_warp()
                 arrive_elected(t.p_empty, slot_of(item))
                 item += 1
-                write_tile(acc, request, t)
+                write_tile(acc, place, t)
         await_store()
 
     return output_warpgroups

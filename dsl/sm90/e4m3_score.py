@@ -23,7 +23,7 @@ from tilemla.dsl.sm90.e4m3_tile import (
 )
 from tilemla.dsl.sm90.mask import hide_scores
 from tilemla.dsl.sm90.softmax import make_softmax
-from tilemla.dsl.sm90.tile import ROWS, SCORE_BARRIER, SCORES, WARPGROUP, begin_and_end, row_of
+from tilemla.dsl.sm90.tile import ROWS, SCORE_BARRIER, SCORES, WARPGROUP, begin_and_end, request_of, row_of
 
 _STEPS_PER_ATOM = ATOM_COLUMNS // K_STEP
 
@@ -191,8 +191,9 @@ def make_score_warpgroup(head_dim_v: int) -> Any:
         T.initialize_wgmma_descriptor(tail, T.address_of(t.q_tail[0, 0]), 1, 1, 64)  # 128-byte swizzle
         T.initialize_wgmma_descriptor(latent, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)
         T.initialize_wgmma_descriptor(rope, T.address_of(t.rope[0, 0, 0]), 2, 1, 32)  # 64-byte
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = begin_and_end(request, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = T.alloc_var("int32", init=request_of(place, t))
+            bounds = begin_and_end(place, request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
@@ -213,12 +214,14 @@ def make_score_warpgroup(head_dim_v: int) -> Any:
                     arrive_elected(t.empty, stage_of(item))
                     soften(scores, running_max, row_sum, request, block, item, row, column, softened)
                     if block == end - 1:
-                        softmax.normalise(request, slot_of(item), row, row_sum, running_max, t)
+                        softmax.normalise(place, slot_of(item), row, row_sum, running_max, t)
                     hand_over(item, t)
                     item += 1
             if t.tx % 4 == 0:
                 for half in T.unroll(2):
                     if t.tile[0] + row + half * 8 < t.rows:
-                        softmax.write_lse(request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t)
+                        softmax.write_lse(
+                            place, request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t
+                        )
 
     return score_warpgroup

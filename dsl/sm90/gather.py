@@ -31,6 +31,7 @@ from tilemla.dsl.sm90.tile import (
     arrive_warp,
     next_turn,
     phase_of,
+    request_of,
     stage_of,
 )
 
@@ -40,10 +41,11 @@ ROW_BYTES = 128  # of an atom
 STAGE_ATOMS = STAGE_COLUMNS // SLICE
 TOKENS_PER_PASS = WARP // CHUNK  # that a warp copies 128 bytes of at once, and whose rows a swizzle tells apart
 
-# Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer. Of the request: the
-# block, one past the last, the blocks of the main list, and how many indices each list has.
-REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(6)
-CURSOR_SIZE = 6
+# Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer. REQUEST is the one at
+# PLACE, where the kernel takes an order. Of it: the block, one past the last, the blocks of the main list, and how many
+# indices each list has.
+PLACE, REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(7)
+CURSOR_SIZE = 7
 
 _PASSES = tuple(range(tokens_of_warp(ALONE) // TOKENS_PER_PASS))  # of a block's copies
 
@@ -67,13 +69,18 @@ def first_row_of(blocks: int, t) -> Any:
     return T.call_extern("int32", "tilemla::rank_in_cluster") * (BLOCK_N // blocks) + row
 
 
+def request_of_cursor(cursor, t) -> Any:
+    """The request that the cursor is at, int32."""
+    return cursor[PLACE] if t.order is None else cursor[REQUEST]
+
+
 def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE) -> SimpleNamespace:
     """Make the macros ``start`` and ``step`` of the walk over the blocks of all requests.
 
     Parameters
     ----------
     blocks_of : callable
-        Of request and t: first block, end, blocks of the main list, and the lengths of both.
+        Of a request's place, itself and t: first block, end, blocks of the main list, and the lengths of both.
     read_index : macro
         ``(index, cursor, token, t)``: put the index of a token of the cursor's block into ``index[0]``, -1 when it is
         past its list's end, and into ``index[1]`` whether the list is the extra one.
@@ -86,11 +93,13 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE
 
     @T.macro
     def seek(cursor, t):
-        # To the first block of the first request from cursor[REQUEST] on that has one; past the last if none has.
+        # To the first block of the first request from cursor[PLACE] on that has one; past the last if none has.
         cursor[BLOCK] = 0
         cursor[END] = 0
-        while (cursor[REQUEST] <= t.part.end_request_inclusive) & (cursor[BLOCK] >= cursor[END]):
-            bounds = blocks_of(cursor[REQUEST], t)
+        while (cursor[PLACE] <= t.part.end_place_inclusive) & (cursor[BLOCK] >= cursor[END]):
+            if t.order is not None:
+                cursor[REQUEST] = request_of(cursor[PLACE], t)
+            bounds = blocks_of(cursor[PLACE], request_of_cursor(cursor, t), t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             if end > begin:
@@ -100,22 +109,22 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE
                 cursor[LENGTH] = bounds.length
                 cursor[EXTRA_LENGTH] = bounds.extra_length
             else:
-                cursor[REQUEST] += 1
+                cursor[PLACE] += 1
 
     @T.macro
     def fetch(index, cursor, first_row, t):
         index[0] = -1
         index[1] = 0
-        if cursor[REQUEST] <= t.part.end_request_inclusive:
+        if cursor[PLACE] <= t.part.end_place_inclusive:
             read_index(index, cursor, first_row + t.tx % tokens, t)
             cursor[BLOCK] += 1
             if cursor[BLOCK] >= cursor[END]:
-                cursor[REQUEST] += 1
+                cursor[PLACE] += 1
                 seek(cursor, t)
 
     @T.macro
     def start(place, index, cursor, first_row, t):
-        cursor[REQUEST] = t.part.begin_request
+        cursor[PLACE] = t.part.begin_place
         seek(cursor, t)
         fetch(index, cursor, first_row, t)
         address(place, index, t)
@@ -189,7 +198,7 @@ def _make_copying_producer(walk: SimpleNamespace, blocks_of: Any, copy_block: An
     walk : SimpleNamespace
         Of `make_walk`.
     blocks_of : callable
-        Of request and t: first block, and one past the last.
+        Of a request's place, itself and t: first block, and one past the last.
     copy_block : macro
         ``(stage, turn, first_row, rows, kv, t)``: copy the tokens at the addresses ``rows``, each piece once there is
         room for it.
@@ -208,8 +217,8 @@ def _make_copying_producer(walk: SimpleNamespace, blocks_of: Any, copy_block: An
         kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
         first_row = first_row_of(ALONE, t)
         walk.start(place, index, cursor, first_row, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = blocks_of(request, t)
+        for visited in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            bounds = blocks_of(visited, request_of(visited, t), t)
             end = T.alloc_var("int32", init=bounds.end)
             for _block in T.serial(bounds.begin, end):
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))

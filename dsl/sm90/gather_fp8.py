@@ -17,7 +17,7 @@ from tilemla.dsl.sm90.gather import (
     shared_address,
 )
 from tilemla.dsl.sm90.sparse_tile import ALONE, NUM_PIECES, NUM_STAGES, PIECES, WARP, tokens_of_warp
-from tilemla.dsl.sm90.tile import ATOM_BYTES, SLICE, arrive_warp, next_turn, phase_of, stage_of
+from tilemla.dsl.sm90.tile import ATOM_BYTES, SLICE, arrive_warp, next_turn, phase_of, request_of, stage_of
 
 _BARRIER_BYTES = 8
 _GROUP = 8  # tokens that a warp converts two atoms of at once
@@ -39,7 +39,7 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
     walk : SimpleNamespace
         Of `make_walk`.
     blocks_of : callable
-        Of request and t: first block, and one past the last.
+        Of a request's place, itself and t: first block, and one past the last.
     blocks : int
         Thread blocks that convert a block's tokens together, each a share, and store what comes of it to one another.
     """
@@ -250,8 +250,8 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any, blocks
                 load_piece(ahead[piece], first, atoms, rows, t)
         if all_loaded:
             load_rope(rope, place, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = blocks_of(request, t)
+        for visited in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            bounds = blocks_of(visited, request_of(visited, t), t)
             end = T.alloc_var("int32", init=bounds.end)
             for _block in T.serial(bounds.begin, end):
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))

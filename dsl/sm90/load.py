@@ -17,12 +17,13 @@ from tilemla.dsl.sm90.tile import (
     assume_stage,
     begin_and_end,
     columns_of_thirds,
+    request_of,
 )
 
-# The load cursor, a local int32 buffer: the next item to load. BLOCK is that block, or -1 - block before the Q tile of
-# its request is loaded; blocks from EVICT_FIRST on are the first to be evicted from L2. PAGE and what follows are page
-# ids, read one item ahead so that the latency of the block table is hidden.
-REQUEST, BLOCK, END, EVICT_FIRST, PAGE = range(5)
+# The load cursor, a local int32 buffer: the next item to load. REQUEST is the request at PLACE. BLOCK is that block, or
+# -1 - block before the Q tile of its request is loaded; blocks from EVICT_FIRST on are the first to be evicted from L2.
+# PAGE and what follows are page ids, read one item ahead so that the latency of the block table is hidden.
+PLACE, REQUEST, BLOCK, END, EVICT_FIRST, PAGE = range(6)
 
 _LANES = 32
 
@@ -52,25 +53,26 @@ def make_walk(
 
     @T.macro
     def seek(cursor, t):
-        # To the Q tile of the first request from cursor[REQUEST] on that has blocks; past the last one if none has.
+        # To the Q tile of the first request from cursor[PLACE] on that has blocks; past the last one if none has.
         cursor[END] = 0
-        while (cursor[REQUEST] <= t.part.end_request_inclusive) & (cursor[END] == 0):
-            bounds = begin_and_end(cursor[REQUEST], t)
+        while (cursor[PLACE] <= t.part.end_place_inclusive) & (cursor[END] == 0):
+            cursor[REQUEST] = request_of(cursor[PLACE], t)
+            bounds = begin_and_end(cursor[PLACE], cursor[REQUEST], t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             if end > begin:
                 cursor[BLOCK] = -1 - begin
                 cursor[END] = end
                 cursor[EVICT_FIRST] = 0
-                if (end - begin > config.short_piece) & (cursor[REQUEST] == t.part.begin_request):
+                if (end - begin > config.short_piece) & (cursor[PLACE] == t.part.begin_place):
                     cursor[EVICT_FIRST] = begin + config.evict_normal_blocks
             else:
-                cursor[REQUEST] += 1
+                cursor[PLACE] += 1
 
     @T.macro
     def load(stage, parity, cursor, t):
         assume_stage(stage, num_stages)
-        if cursor[REQUEST] <= t.part.end_request_inclusive:
+        if cursor[PLACE] <= t.part.end_place_inclusive:
             T.barrier_wait(t.empty[stage], parity)
             if cursor[BLOCK] < 0:
                 copy_q(stage, cursor, t)
@@ -85,7 +87,7 @@ def make_walk(
                 if cursor[BLOCK] < cursor[END]:
                     read_page_ids(cursor, t)
                 else:
-                    cursor[REQUEST] += 1
+                    cursor[PLACE] += 1
                     seek(cursor, t)
 
     return seek, load

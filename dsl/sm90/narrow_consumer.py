@@ -54,7 +54,7 @@ from tilemla.dsl.sm90.narrow_tile import (
     phase_of,
     stage_of,
 )
-from tilemla.dsl.sm90.tile import WARPGROUP, begin_and_end
+from tilemla.dsl.sm90.tile import WARPGROUP, begin_and_end, request_of
 
 _P_BYTES = NUM_PIECES * ATOM_BYTES
 # Batches of O^T: a K step of 16 tokens, and the first of two pieces, so of four tiles of 64 columns.
@@ -246,8 +246,9 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
         )
         T.initialize_wgmma_descriptor(queries, T.address_of(t.q_tile[0]), 1, 1, 64)  # 128-byte swizzle
         T.initialize_wgmma_descriptor(probabilities, T.address_of(t.own[group, 0]), 1, 1, 64)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = begin_and_end(request, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = T.alloc_var("int32", init=request_of(place, t))
+            bounds = begin_and_end(place, request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             block = T.alloc_var("int32", init=begin + T.bitwise_and(group - base, NUM_WARPGROUPS - 1))
@@ -289,6 +290,6 @@ def make_consumer(head_dim_qk: int, head_dim_v: int) -> Any:
                 block += NUM_WARPGROUPS
             base += T.max(end - begin, 0)
             way_out.share(acc, running_max, row_sum, at, t)
-            way_out.write(acc, running_max, row_sum, request, at, t)
+            way_out.write(acc, running_max, row_sum, place, at, t)
 
     return consumer

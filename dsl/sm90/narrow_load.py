@@ -15,7 +15,7 @@ from tilemla.dsl.sm90.narrow_tile import (
     phase_of,
     stage_of,
 )
-from tilemla.dsl.sm90.tile import begin_and_end
+from tilemla.dsl.sm90.tile import begin_and_end, request_of
 
 _LANES = 32
 _BARRIER_BYTES = 8
@@ -72,9 +72,10 @@ def make_load_warp(head_dim_qk: int) -> Any:
         page = T.alloc_var("int32", init=0)
         pages = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::shared_address", T.address_of(t.pages[0])))
         full = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::shared_address", T.address_of(t.full[0])))
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = begin_and_end(request, t)
-            if request > t.part.begin_request:
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = T.alloc_var("int32", init=request_of(place, t))
+            bounds = begin_and_end(place, request, t)
+            if place > t.part.begin_place:
                 prefetch_q(request, t)  # the consumers are still at the pages before
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)

@@ -15,7 +15,7 @@ from tilemla.dsl.sm90.narrow_tile import (
     PIECE_COLUMNS,
     SCORES,
 )
-from tilemla.dsl.sm90.tile import WARPGROUP
+from tilemla.dsl.sm90.tile import WARPGROUP, request_of
 
 INTERLEAVED = 16  # columns of a partial row, see `combine`
 _HALF_TILES = NUM_TILES // 2
@@ -23,7 +23,7 @@ _MERGED = _HALF_TILES * SCORES  # outputs that a thread merges
 
 
 def make_way_out(head_dim_v: int) -> SimpleNamespace:
-    """Make the macros ``share(acc, running_max, row_sum, at, t)`` and ``write(…, request, at, t)``, which follows it.
+    """Make the macros ``share(acc, running_max, row_sum, at, t)`` and ``write(…, place, at, t)``, which follows it.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def make_way_out(head_dim_v: int) -> SimpleNamespace:
         T.sync_threads(MERGE_BARRIER, CONSUMERS)
 
     @T.macro
-    def merge(acc, running_max, row_sum, mine, theirs, request, at, t):
+    def merge(acc, running_max, row_sum, mine, theirs, place, at, t):
         # Of each of a thread's rows sum, maximum, and the factors of both warpgroups' outputs. Whichever of them had
         # the first block, the results are the same.
         for c in T.unroll(COLUMNS):
@@ -68,7 +68,7 @@ def make_way_out(head_dim_v: int) -> SimpleNamespace:
             sinks = T.alloc_var(accum, init=0)
             if t.has_sink != 0:
                 # A piece of a split request leaves the sink to the combine kernel.
-                if T.Not(is_split(t.part, request)):
+                if T.Not(is_split(t.part, place)):
                     sink = t.attn_sink[t.head, T.truncmod(t.tile[0] + column, t.group_size)]
                     sinks = sink_share(most, sink)
             factor = T.alloc_var(accum, init=inverse_sum(row_sum[c], sinks))
@@ -76,7 +76,7 @@ def make_way_out(head_dim_v: int) -> SimpleNamespace:
             theirs[c] = theirs[c] * factor
 
     @T.macro
-    def write_rows(acc, mine, theirs, place, to_partial, at, t):
+    def write_rows(acc, mine, theirs, to, to_partial, at, t):
         four = T.alloc_local((4,), accum)  # two columns of two tiles
         for c in T.unroll(COLUMNS):
             row = t.tile[0] + at.column + c // 2 * 8 + c % 2
@@ -98,7 +98,7 @@ def make_way_out(head_dim_v: int) -> SimpleNamespace:
                         T.call_extern(
                             "handle",
                             "tilemla::store_four",
-                            T.address_of(t.out_accum[place, t.head, row, column + at.lane // 4 * 4]),
+                            T.address_of(t.out_accum[to, t.head, row, column + at.lane // 4 * 4]),
                             four[0],
                             four[1],
                             four[2],
@@ -109,33 +109,34 @@ def make_way_out(head_dim_v: int) -> SimpleNamespace:
                             T.call_extern(
                                 "handle",
                                 "tilemla::store_halves",
-                                T.address_of(t.out[place, t.head, row, column + tile * INTERLEAVED + at.lane // 4 * 2]),
+                                T.address_of(t.out[to, t.head, row, column + tile * INTERLEAVED + at.lane // 4 * 2]),
                                 four[tile * 2],
                                 four[tile * 2 + 1],
                             )
 
     @T.macro
-    def write_lse(running_max, row_sum, request, place, to_partial, at, t):
+    def write_lse(running_max, row_sum, to, to_partial, at, t):
         if (at.group == 0) & (at.warp == 0) & (at.lane < 4):
             for c in T.unroll(COLUMNS):
                 row = t.tile[0] + at.column + c // 2 * 8 + c % 2
                 if row < t.rows:
                     if to_partial:
-                        t.lse_accum_log2[place, t.head, row] = partial_lse_log2(row_sum[c], running_max[c])
+                        t.lse_accum_log2[to, t.head, row] = partial_lse_log2(row_sum[c], running_max[c])
                     else:
-                        t.softmax_lse[request, t.head, row] = final_lse(row_sum[c], running_max[c], t.lse_scale)
+                        t.softmax_lse[to, t.head, row] = final_lse(row_sum[c], running_max[c], t.lse_scale)
 
     @T.macro
-    def write(acc, running_max, row_sum, request, at, t):
+    def write(acc, running_max, row_sum, place, at, t):
         mine = T.alloc_local((COLUMNS,), accum)
         theirs = T.alloc_local((COLUMNS,), accum)
-        merge(acc, running_max, row_sum, mine, theirs, request, at, t)
-        if is_split(t.part, request):
-            place = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
-            write_rows(acc, mine, theirs, place, True, at, t)
-            write_lse(running_max, row_sum, request, place, True, at, t)
+        merge(acc, running_max, row_sum, mine, theirs, place, at, t)
+        request = T.alloc_var("int32", init=request_of(place, t))
+        if is_split(t.part, place):
+            slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
+            write_rows(acc, mine, theirs, slot, True, at, t)
+            write_lse(running_max, row_sum, slot, True, at, t)
         else:
             write_rows(acc, mine, theirs, request, False, at, t)
-            write_lse(running_max, row_sum, request, request, False, at, t)
+            write_lse(running_max, row_sum, request, False, at, t)
 
     return SimpleNamespace(share=share, write=write)

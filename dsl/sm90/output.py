@@ -10,7 +10,7 @@ import tilelang.language as T
 from tilemla.config import KernelConfig
 from tilemla.dsl.attention import first_visible_key
 from tilemla.dsl.schedule import BLOCK_N
-from tilemla.dsl.sm90.load import REQUEST, make_loader
+from tilemla.dsl.sm90.load import PLACE, make_loader
 from tilemla.dsl.sm90.tile import (
     NOT_UNROLLED,
     NUM_STAGES,
@@ -23,6 +23,7 @@ from tilemla.dsl.sm90.tile import (
     is_loading,
     next_turn,
     phase_of,
+    request_of,
     row_of,
     stage_of,
     sync_half,
@@ -79,16 +80,16 @@ def make_output_warpgroups(page_block_size: int, head_dim_qk: int, head_dim_v: i
         turn = T.alloc_var("int32", init=0)
         row = row_of(t.tx)
         if is_loading(t.tx):
-            cursor[REQUEST] = t.part.begin_request
+            cursor[PLACE] = t.part.begin_place
             seek(cursor, t)
             for stage in T.serial(NUM_STAGES):
                 load(stage, 1, cursor, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = begin_and_end(request, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            bounds = begin_and_end(place, request_of(place, t), t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             if begin >= end:
-                way_out.write_empty(request, 0, t)
+                way_out.write_empty(place, request_of(place, t), 0, t)
             else:
                 T.fill(acc, 0)
                 # The item before the first block is the Q tile: the score warpgroup has it now, and its stage is free.
@@ -101,7 +102,7 @@ def make_output_warpgroups(page_block_size: int, head_dim_qk: int, head_dim_v: i
                                 scale[i] = t.alpha[block % 2, i]
                             way_out.scale_rows(acc, scale)
                         if (block == end - 1) | ((block == begin) & (t.window_left >= 0)):
-                            clear_unseen(request, block, stage, t)
+                            clear_unseen(request_of(place, t), block, stage, t)
                         T.wgmma_gemm(
                             t.kv[stage, :, head_dim_v : head_dim_v + BLOCK_N],
                             t.kv[stage, :, 0:head_dim_v],
@@ -115,7 +116,8 @@ def make_output_warpgroups(page_block_size: int, head_dim_qk: int, head_dim_v: i
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[i]
                 last_stage = stage_of(turn)
-                way_out.write_tile(acc, scale, request, last_stage, 0, half_of(t.tx), barrier_of_half(t.tx), t)
+                request = request_of(place, t)  # again: there is no register to keep it in
+                way_out.write_tile(acc, scale, place, request, last_stage, 0, half_of(t.tx), barrier_of_half(t.tx), t)
                 hand_back(last_stage, turn, cursor, t)
                 turn = next_turn(turn)
 

@@ -13,7 +13,7 @@ from tilelang.layout import make_swizzled_layout
 
 from tilemla.dsl.attention import page_index
 from tilemla.dsl.program import Program
-from tilemla.dsl.schedule import NUM_COLUMNS, end_block, first_block, read_part
+from tilemla.dsl.schedule import NUM_COLUMNS, end_block, first_block, read_part, request_at
 from tilemla.dsl.sm90.tile import NUM_STAGES, arrive_warp, next_turn, phase_of, stage_of
 
 _WARP = 32
@@ -60,13 +60,14 @@ def make_read_program(spec) -> Program:
             full = T.alloc_barrier([1] * NUM_STAGES)
             tx = T.get_thread_binding()
             part = read_part(tile_scheduler_metadata, part_index)
-            begin_request = part.begin_request
-            end_request_inclusive = part.end_request_inclusive
+            begin_place = part.begin_place
+            end_place_inclusive = part.end_place_inclusive
             turn = T.alloc_var("int32", init=0)
             pages = T.alloc_var("int32", init=0)  # of a thread: one of the next 32
-            for request in T.serial(begin_request, end_request_inclusive + 1):
-                first = first_block(part, request)
-                end = end_block(part, request, cache_seqlens[request], block_n)
+            for place in T.serial(begin_place, end_place_inclusive + 1):
+                request = T.alloc_var("int32", init=request_at(tile_scheduler_metadata, place))
+                first = first_block(part, place)
+                end = end_block(part, place, cache_seqlens[request], block_n)
                 for block in T.serial(first, end):
                     if (block - first) % _WARP == 0:
                         pages = page_index(block_table, request, T.min(block + tx, end - 1))

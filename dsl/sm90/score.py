@@ -26,6 +26,7 @@ from tilemla.dsl.sm90.tile import (
     columns_of_thirds,
     next_turn,
     phase_of,
+    request_of,
     row_of,
     stage_of,
 )
@@ -161,8 +162,9 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
         T.initialize_wgmma_descriptor(keys, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)  # 128-byte swizzle
         T.initialize_wgmma_descriptor(tail, T.address_of(t.q_tail[0]), 0, 8, 16)  # none
 
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = begin_and_end(request, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = T.alloc_var("int32", init=request_of(place, t))
+            bounds = begin_and_end(place, request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
@@ -198,7 +200,7 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
                     hide_scores(scores, request, block, row, column, t)
                     softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
                     if block == end - 1:
-                        softmax.normalise(request, stage, row, row_sum, running_max, t)
+                        softmax.normalise(place, stage, row, row_sum, running_max, t)
                     T.fence_proxy_async()
                     T.sync_warp()
                     if block == end - 1:
@@ -207,6 +209,8 @@ def make_score_warpgroup(dtype: str, head_dim_qk: int, head_dim_v: int, config: 
             if t.tx % 4 == 0:
                 for half in T.unroll(2):
                     if t.tile[0] + row + half * 8 < t.rows:
-                        softmax.write_lse(request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t)
+                        softmax.write_lse(
+                            place, request, t.tile[0] + row + half * 8, row_sum[half], running_max[half], t
+                        )
 
     return score_warpgroup

@@ -19,9 +19,9 @@ from tilemla.dsl.schedule import is_split, split_slot
 from tilemla.dsl.sm90.tile import SCORES
 
 
-def is_in_one_part(request, t) -> Any:
-    """Whether the schedule left a request whole, bool."""
-    return T.Not(is_split(t.part, request))
+def is_in_one_part(place, t) -> Any:
+    """Whether the schedule left the request at a place whole, bool."""
+    return T.Not(is_split(t.part, place))
 
 
 def make_advance(*, keeps_max: bool = False) -> Any:
@@ -101,7 +101,7 @@ def make_softmax(
                 t.kv[stage, row + pair % 2 * 8, head_dim_v + pair // 2 * 8 + column + v] = scores[pair * 2 + v]
 
     @T.macro
-    def normalise(request, stage, row, row_sum, running_max, t):
+    def normalise(place, stage, row, row_sum, running_max, t):
         # The sums over a row's threads, and what its outputs are multiplied by. Its threads write the same value.
         share = T.alloc_local((2,), accum)
         for half in T.unroll(2):
@@ -110,7 +110,7 @@ def make_softmax(
             share[half] = 0
         if t.has_sink != 0:
             # A piece of a split request leaves the sink to the combine kernel.
-            if is_in_one_part(request, t):
+            if is_in_one_part(place, t):
                 for half in T.unroll(2):
                     sink = read_sink(row + half * 8, t)
                     share[half] = sink_share(running_max[half], sink)
@@ -118,11 +118,10 @@ def make_softmax(
             t.inverse_sum[inverse_sum_index(stage, row + half * 8)] = inverse_sum(row_sum[half], share[half])
 
     @T.macro
-    def write_lse(request, row, row_sum, running_max, t):
-        if is_split(t.part, request):
-            t.lse_accum_log2[split_slot(t.part, request, t.num_splits), t.head, row] = partial_lse_log2(
-                row_sum, running_max
-            )
+    def write_lse(place, request, row, row_sum, running_max, t):
+        if is_split(t.part, place):
+            slot = split_slot(t.part, place, request, t.num_splits)
+            t.lse_accum_log2[slot, t.head, row] = partial_lse_log2(row_sum, running_max)
         else:
             t.softmax_lse[request, t.head, row] = final_lse(row_sum, running_max, t.lse_scale)
 

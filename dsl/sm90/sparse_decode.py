@@ -22,9 +22,9 @@ from tilemla.dsl.sm90.gather import (
     EXTRA_LENGTH,
     LENGTH,
     MAIN,
-    REQUEST,
     make_dense_producer,
     make_walk,
+    request_of_cursor,
 )
 from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
@@ -39,7 +39,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_WARPS,
     PAIR,
     QUARTER,
-    blocks_of_request,
+    blocks_of_place,
     empty_arrivals,
     roles_of,
 )
@@ -111,13 +111,13 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     )
 
     @T.macro
-    def write_sums(request, row, half, row_sum, running_max, t):
-        softmax.write_lse(request, row, row_sum[half], running_max[half], t)
+    def write_sums(place, request, row, half, row_sum, running_max, t):
+        softmax.write_lse(place, request, row, row_sum[half], running_max[half], t)
 
     score_warpgroup = make_score_warpgroup(
-        dtype, head_dim_qk, roles, softmax, blocks_of_request, write_sums, blocks=blocks
+        dtype, head_dim_qk, roles, softmax, blocks_of_place, write_sums, blocks=blocks
     )
-    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_request, blocks)
+    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_place, blocks)
     combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED, read_sink=_head_sink)
 
     @T.macro
@@ -125,12 +125,12 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
         if cursor[BLOCK] < cursor[MAIN]:
             position = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
             if position < cursor[LENGTH]:
-                index[0] = t.indices[cursor[REQUEST], t.head, position]
+                index[0] = t.indices[request_of_cursor(cursor, t), t.head, position]
         else:
             extra_position = T.alloc_var("int32", init=(cursor[BLOCK] - cursor[MAIN]) * BLOCK_N + token)
             index[1] = 1
             if extra_position < cursor[EXTRA_LENGTH]:
-                index[0] = t.extra_indices[cursor[REQUEST], t.head, extra_position]
+                index[0] = t.extra_indices[request_of_cursor(cursor, t), t.head, extra_position]
 
     def make_find(prefix: str, slot: int) -> Any:
         """Find a token of ``t.kcache`` or ``t.extra_kcache``, which a macro's argument would rename."""
@@ -170,11 +170,11 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
         else:
             find_extra(place, index, t)
 
-    walk = make_walk(blocks_of_request, read_index, address, blocks)
+    walk = make_walk(blocks_of_place, read_index, address, blocks)
     if layout is None:
-        producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_request)
+        producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_place)
     else:
-        producer = make_fp8_producer(layout, walk, blocks_of_request, blocks)
+        producer = make_fp8_producer(layout, walk, blocks_of_place, blocks)
 
     play = make_roles(roles, score_warpgroup, output_warpgroup, producer)
 
@@ -207,7 +207,10 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     ):
         # Tiles of a part lie side by side: those of a query read the same tokens.
         with open_grid(
-            T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE + WAY_OUT_SOURCE
+            T.ceildiv(h_q, ROWS) * num_sm_parts,
+            s_q,
+            threads=NUM_THREADS,
+            prelude=GATHER_SOURCE + WAY_OUT_SOURCE,
         ) as (
             part_and_tile,
             query,
@@ -229,8 +232,8 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             head_tiles = T.alloc_var("int32", init=T.ceildiv(h_q, ROWS))
             line = T.alloc_var("int32", init=T.truncdiv(part_and_tile, head_tiles))
             part = read_part(tile_scheduler_metadata, line)
-            begin_request = part.begin_request
-            end_request_inclusive = part.end_request_inclusive
+            begin_place = part.begin_place
+            end_place_inclusive = part.end_place_inclusive
             begin_block = part.begin_block
             last_end_block = part.end_block
             if tx == 0:
@@ -255,6 +258,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                 extra_indices=extra_indices,
                 extra_topk_length=extra_topk_length,
                 extra_topk=extra_topk,
+                order=None,
                 num_splits=num_splits,
                 out=out,
                 softmax_lse=softmax_lse,
@@ -278,8 +282,8 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                 rows=h_q,
                 head=tile[1],
                 part=read_part(tile_scheduler_metadata, tile[2])._replace(
-                    begin_request=begin_request,
-                    end_request_inclusive=end_request_inclusive,
+                    begin_place=begin_place,
+                    end_place_inclusive=end_place_inclusive,
                     begin_block=begin_block,
                     end_block=last_end_block,
                 ),

@@ -6,7 +6,7 @@ import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N
 from tilemla.dsl.sm90.sparse_tile import ALONE, NUM_PIECES, NUM_STAGES, QUARTER, WARP
-from tilemla.dsl.sm90.tile import ROWS, arrive_warp, next_turn, phase_of, row_of, stage_of
+from tilemla.dsl.sm90.tile import ROWS, arrive_warp, next_turn, phase_of, request_of, row_of, stage_of
 
 
 def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks: int = ALONE) -> Any:
@@ -23,7 +23,7 @@ def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks:
     way_out : SimpleNamespace
         Of `make_way_out`.
     blocks_of : callable
-        Of request and t: first block, and one past the last.
+        Of a request's place, itself and t: first block, and one past the last.
     blocks : int
         Thread blocks that a stage is handed back to.
     """
@@ -47,13 +47,14 @@ def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks:
         scale = T.alloc_fragment((ROWS,), accum)
         turn = T.alloc_var("int32", init=0)
         row = row_of(t.tx)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = blocks_of(request, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = request_of(place, t)
+            bounds = blocks_of(place, request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             if begin >= end:
-                way_out.write_empty(request, column, t)
-                way_out.write_empty(request, column + QUARTER, t)
+                way_out.write_empty(place, request, column, t)
+                way_out.write_empty(place, request, column + QUARTER, t)
             else:
                 T.fill(first, 0)
                 T.fill(second, 0)
@@ -88,8 +89,8 @@ def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks:
                 last_stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
                 for i in T.Parallel(ROWS):
                     scale[i] = t.inverse_sum[last_stage * ROWS + i]
-                way_out.write_tile(first, scale, request, last_stage, column, 0, barrier_id, t)
-                way_out.write_tile(second, scale, request, last_stage, column + QUARTER, 0, barrier_id, t)
+                way_out.write_tile(first, scale, place, request, last_stage, column, 0, barrier_id, t)
+                way_out.write_tile(second, scale, place, request, last_stage, column + QUARTER, 0, barrier_id, t)
                 free(last_stage, column // QUARTER, t)
                 free_second(last_stage, column, t)
                 turn = next_turn(turn, NUM_STAGES)

@@ -14,7 +14,7 @@ from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, count_blocks
 from tilemla.dsl.sm90.alternate import SUMS, make_alternating_warpgroup
 from tilemla.dsl.sm90.decode import PASS_CONFIG
-from tilemla.dsl.sm90.gather import BLOCK, LENGTH, REQUEST, make_turn_producer, make_walk
+from tilemla.dsl.sm90.gather import BLOCK, LENGTH, make_turn_producer, make_walk, request_of_cursor
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.roles import make_turns
 from tilemla.dsl.sm90.sparse_tile import (
@@ -50,7 +50,7 @@ def make_sparse_prefill_program(spec) -> Program:
     s_q, h_q, s_kv, topk, len_sink = T.dynamic("s_q, h_q, s_kv, topk, len_sink")
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")
 
-    def blocks_of(query, t):
+    def blocks_of(_place, query, t):
         length = T.min(t.topk_length[query], t.topk)
         blocks = count_blocks(length, BLOCK_N)
         return SimpleNamespace(begin=0, end=blocks, main=blocks, length=length, extra_length=0)
@@ -65,7 +65,7 @@ def make_sparse_prefill_program(spec) -> Program:
     def read_index(index, cursor, token, t):
         position = T.alloc_var("int32", init=cursor[BLOCK] * BLOCK_N + token)
         if position < cursor[LENGTH]:
-            index[0] = t.indices[cursor[REQUEST], position]
+            index[0] = t.indices[request_of_cursor(cursor, t), position]
 
     @T.macro
     def address(place, index, t):
@@ -171,7 +171,8 @@ def make_sparse_prefill_program(spec) -> Program:
                 met=met,
                 tx=tx,
                 rows=h_q,
-                part=SimpleNamespace(begin_request=tile[1], end_request_inclusive=tile[2]),
+                order=None,
+                part=SimpleNamespace(begin_place=tile[1], end_place_inclusive=tile[2]),
             )
             play(t)
 

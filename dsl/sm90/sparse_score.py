@@ -29,6 +29,7 @@ from tilemla.dsl.sm90.tile import (
     arrive_warp,
     next_turn,
     phase_of,
+    request_of,
     row_of,
     stage_of,
 )
@@ -58,9 +59,9 @@ def make_score_warpgroup(
     softmax : SimpleNamespace
         Of `make_softmax`.
     blocks_of : callable
-        Of request and t: first block, and one past the last.
+        Of a request's place, itself and t: first block, and one past the last.
     write_sums : macro
-        ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
+        ``(place, request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
     mask : macro, optional
         ``(scores, request, block, stage, row, column, t)``: make -inf of what a row does not see. By default the words
         say it that the producer's warps write beside a block: bits for its tokens.
@@ -170,10 +171,11 @@ def make_score_warpgroup(
         column = t.tx % 4 * 2
         keys = T.alloc_wgmma_desc()
         T.initialize_wgmma_descriptor(keys, T.address_of(t.kv[0, 0, 0]), 1, 1, 64)  # 128-byte swizzle
-        if t.part.begin_request <= t.part.end_request_inclusive:
-            load_q(t.part.begin_request, head_dim_qk, t)
-        for request in T.serial(t.part.begin_request, t.part.end_request_inclusive + 1):
-            bounds = blocks_of(request, t)
+        if t.part.begin_place <= t.part.end_place_inclusive:
+            load_q(t.part.begin_place, head_dim_qk, t)
+        for place in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
+            request = request_of(place, t)
+            bounds = blocks_of(place, request, t)
             begin = T.alloc_var("int32", init=bounds.begin)
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
@@ -188,8 +190,8 @@ def make_score_warpgroup(
             if begin >= end:
                 # Nothing is multiplied with this Q.
                 T.sync_threads(SCORE_BARRIER, WARPGROUP)
-                if request < t.part.end_request_inclusive:
-                    load_q(request + 1, head_dim_qk, t)
+                if place < t.part.end_place_inclusive:
+                    load_q(place + 1, head_dim_qk, t)
             for block in T.serial(begin, end):
                 stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
                 phase = T.alloc_var("int32", init=phase_of(turn, NUM_STAGES))
@@ -204,12 +206,12 @@ def make_score_warpgroup(
                 T.wait_wgmma(0)
                 # Every warp is through with the columns where P goes, and with Q.
                 T.sync_threads(SCORE_BARRIER, WARPGROUP)
-                if (block == end - 1) & (request < t.part.end_request_inclusive):
-                    load_q(request + 1, head_dim_qk, t)
+                if (block == end - 1) & (place < t.part.end_place_inclusive):
+                    load_q(place + 1, head_dim_qk, t)
                 mask(scores, request, block, stage, row, column, t)
                 softmax.soften(scores, running_max, row_sum, block, stage, row, column, t)
                 if block == end - 1:
-                    softmax.normalise(request, stage, row, row_sum, running_max, t)
+                    softmax.normalise(place, stage, row, row_sum, running_max, t)
                 T.fence_proxy_async()
                 T.sync_warp()
                 arrive_warp(t.p_full, stage, t.tx)
@@ -217,6 +219,6 @@ def make_score_warpgroup(
             if t.tx % 4 == 0:
                 for half in T.unroll(2):
                     if t.tile[0] + row + half * 8 < t.rows:
-                        write_sums(request, t.tile[0] + row + half * 8, half, row_sum, running_max, t)
+                        write_sums(place, request, t.tile[0] + row + half * 8, half, row_sum, running_max, t)
 
     return score_warpgroup

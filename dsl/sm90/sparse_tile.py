@@ -12,7 +12,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N, count_blocks, first_block
-from tilemla.dsl.sm90.tile import ATOM_BYTES, HALF, K_STEP, SLICE, STAGE_COLUMNS, WARPGROUP, arrive_warp
+from tilemla.dsl.sm90.tile import ATOM_BYTES, HALF, K_STEP, SLICE, STAGE_COLUMNS, WARPGROUP, arrive_warp, request_of
 
 NUM_STAGES = 2
 Q_STAGE = NUM_STAGES
@@ -123,9 +123,10 @@ def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, in
 
 
 @T.macro
-def load_q(request, head_dim_qk, t) -> None:
-    """Load a request's Q into its stage, by the first warp of the warpgroup that this is."""
+def load_q(place, head_dim_qk, t) -> None:
+    """Load the Q of the request at a place into its stage, by the first warp of the warpgroup that this is."""
     if t.tx % WARPGROUP < WARP:
+        request = request_of(place, t)
         T.tma_copy(
             t.q_tile(request, t),
             t.kv[Q_STAGE, :, 0:head_dim_qk],
@@ -135,8 +136,8 @@ def load_q(request, head_dim_qk, t) -> None:
         arrive_warp(t.q_full, 0, t.tx)
 
 
-def blocks_of_request(request, t) -> Any:
-    """A request's blocks within the part, int32: the first, one past the last, how many are of its own list.
+def blocks_of_place(place, request, t) -> Any:
+    """Blocks within the part of a request at a place, int32: the first, one past the last, how many of its own list.
 
     Those of the extra list follow, and no block holds tokens of both. With them the lengths of the lists.
     """
@@ -145,8 +146,8 @@ def blocks_of_request(request, t) -> Any:
     main = count_blocks(length, BLOCK_N)
     extra = count_blocks(extra_length, BLOCK_N)
     return SimpleNamespace(
-        begin=first_block(t.part, request),
-        end=T.if_then_else(request == t.part.end_request_inclusive, t.part.end_block, main + extra),
+        begin=first_block(t.part, place),
+        end=T.if_then_else(place == t.part.end_place_inclusive, t.part.end_block, main + extra),
         main=main,
         length=length,
         extra_length=extra_length,

@@ -10,7 +10,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.attention import first_visible_block
-from tilemla.dsl.schedule import BLOCK_N, end_block, first_block
+from tilemla.dsl.schedule import BLOCK_N, end_block, first_block, request_at
 
 ROWS = 64  # rows of a query tile: the M of wgmma
 K_STEP = 16  # the K of wgmma on 16-bit operands
@@ -94,12 +94,17 @@ def phase_of_item(item, count) -> Any:
     return T.bitwise_and(T.shift_right(item, count.bit_length() - 1), 1)
 
 
-def begin_and_end(request, t) -> Any:
-    """The first block of a request within the part that some query sees, and one past the last, int32."""
+def request_of(place, t) -> Any:
+    """The request at a place of the walk, int32; its own place where the kernel takes no order, ``t.order`` None."""
+    return place if t.order is None else request_at(t.order, place)
+
+
+def begin_and_end(place, request, t) -> Any:
+    """The first block within the part that some query of the request at a place sees, and one past the last, int32."""
     seqlen = t.cache_seqlens[request]
     visible = first_visible_block(seqlen, t.seq_len_q, t.window_left, BLOCK_N)
     return SimpleNamespace(
-        begin=T.max(first_block(t.part, request), visible), end=end_block(t.part, request, seqlen, BLOCK_N)
+        begin=T.max(first_block(t.part, place), visible), end=end_block(t.part, place, seqlen, BLOCK_N)
     )
 
 

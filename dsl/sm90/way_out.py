@@ -31,13 +31,13 @@ def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
             acc[i, j] = acc[i, j] * scale[i]
 
     @T.macro
-    def write_tile(acc, scale, request, stage, column, part, barrier_id, t):
+    def write_tile(acc, scale, place, request, stage, column, part, barrier_id, t):
         assume_stage(stage)
         # Read here and not at the start, the coordinates keep ptxas from holding addresses in registers all along.
         row0 = T.alloc_var("int32", init=t.tile[0])
         head = T.alloc_var("int32", init=t.tile[1])
-        if is_split(t.part, request):
-            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+        if is_split(t.part, place):
+            slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
             row = T.alloc_var("int32", init=row0 + row_of(t.tx))
             # Interleaved as `combine` has it: a row's sectors by half as many instructions.
             T.call_extern(
@@ -67,13 +67,13 @@ def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
         T.sync_threads(barrier_id, WARPGROUP)
 
     @T.macro
-    def write_empty(request, column, t):
+    def write_empty(place, request, column, t):
         # No block was there to read: nothing is in the accumulator, and no stage is free.
         row0 = T.alloc_var("int32", init=t.tile[0])
         head = T.alloc_var("int32", init=t.tile[1])
         end_row = T.alloc_var("int32", init=T.min(row0 + ROWS, t.rows))
-        if is_split(t.part, request):
-            slot = T.alloc_var("int32", init=split_slot(t.part, request, t.num_splits))
+        if is_split(t.part, place):
+            slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
             for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
                 for j in T.Parallel(width):
                     t.out_accum[slot, head, row, column + j] = 0
