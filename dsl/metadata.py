@@ -63,7 +63,6 @@ _FIRST, _END, _PREVIOUS_END, _BLOCKS_SIZE = range(4)  # of the request that is w
 _CHUNK = 1024  # lengths staged through shared memory at a time
 _LANES = NUM_UNORDERED  # of the warp that plays a plan a lane, then walks a segment of the places a lane
 _ORDERED_THREADS = 32 * NUM_ORDERED  # a warp a plan
-_ORDERED_BARRIER = 1  # named barrier of these; 0 is __syncthreads
 _LOADS = 4  # of a lane that are under way at once
 
 
@@ -322,18 +321,18 @@ def make_metadata_program_sm90() -> Program:
 
     @T.macro
     def rank_requests(ranked, ranked_blocks, num_blocks, batch_size, cache_seqlens, seq_len_q, window_left, thread):
-        # A thread a request; what lies behind the last one is read by lanes and not used.
+        # A thread a request, of all threads; what lies behind the last one is read by lanes and not used.
         if thread < b:
             num_blocks[thread] = _count_visible(cache_seqlens[thread], seq_len_q, window_left)
         if thread < MOST_ORDERED:
             ranked_blocks[thread] = 0
-        T.sync_threads(_ORDERED_BARRIER, _ORDERED_THREADS)
+        T.sync_threads()
         if thread < b:
             rank = T.alloc_var("int32", init=0)
             rank_of(rank, num_blocks, thread, batch_size)
             ranked[rank] = thread
             ranked_blocks[rank] = num_blocks[thread]
-        T.sync_threads(_ORDERED_BARRIER, _ORDERED_THREADS)
+        T.sync_threads()
 
     @T.macro
     def start_walk_at(state, marks, segment, plan, payload, overhead, opened_end):
@@ -402,6 +401,8 @@ def make_metadata_program_sm90() -> Program:
             total = T.alloc_var("int32", init=0)
             cost = T.alloc_var("int32", init=NEVER)
             share = T.alloc_var("int32", init=0)
+            if costs.may_order:
+                rank_requests(ranked, ranked_blocks, num_blocks, batch_size, cache_seqlens, seq_len_q, window_left, tx)
             if tx < _LANES:
                 for step in T.serial(T.ceildiv(b, _LOADS * _LANES)):
                     for load in T.unroll(_LOADS):
@@ -427,16 +428,6 @@ def make_metadata_program_sm90() -> Program:
                 number = T.alloc_var("int32", init=tx // _LANES - 1)
                 plan = T.alloc_var("int32", init=NUM_UNORDERED + number)
                 if costs.may_order:
-                    rank_requests(
-                        ranked,
-                        ranked_blocks,
-                        num_blocks,
-                        batch_size,
-                        cache_seqlens,
-                        seq_len_q,
-                        window_left,
-                        tx - _LANES,
-                    )
                     for i in T.unroll(MOST_ORDERED // _LANES):
                         total += ranked_blocks[i * _LANES + lane]
                     share = share_of(T.warp_reduce_sum(total) + b * overhead, num_sm_parts)
