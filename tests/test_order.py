@@ -90,6 +90,14 @@ def test_dense(device, num_heads_q, seq_len_q):
     check_result(*result, reference_of(inputs, causal=True))
 
 
+def test_as_many_requests_as_an_order_has_room_for(device):
+    lengths = tuple(request % 131 for request in range(256))
+    inputs = make_inputs(Case(lengths, 1, 4)).to(device)
+    arguments = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512)
+    result = tilemla.flash_mla_with_kvcache(*arguments, *in_order(lengths, device, 64, list(range(255, -1, -1))))
+    check_result(*result, reference_of(inputs))
+
+
 @ROWS
 def test_bytes(device, num_heads_q, seq_len_q):
     case = Case(LENGTHS, seq_len_q, num_heads_q, causal=True, has_sink=True)
