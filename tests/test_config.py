@@ -49,7 +49,10 @@ def test_the_loading_warp_heeds_which_blocks_leave_l2_first(kv_format):
     text = make_programs(spec, config)["mla_decode"].func.script()
     # seek() says from which block on, and load() has a way for those and one for the blocks before them.
     assert text.count("> 12345") == text.count("+ 23456") > 0
-    ways = re.findall(r"( +)if cursor\[1\] >= cursor\[3\]:\n(.*?)\n\1else:\n(.*?)\n(?!\1 )", text, re.DOTALL)
+    from tilemla.dsl.sm90 import load
+
+    turn = rf"( +)if cursor\[{load.BLOCK}\] >= cursor\[{load.EVICT_FIRST}\]:"
+    ways = re.findall(turn + r"\n(.*?)\n\1else:\n(.*?)\n(?!\1 )", text, re.DOTALL)
     assert ways
     for _, first_to_go, normal in ways:
         loads = first_to_go.count("T.tma_copy(")
