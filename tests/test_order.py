@@ -1,7 +1,5 @@
 """Schedules that visit the requests in an order of their own: fewer cuts, and the same results."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +16,9 @@ from strategies import cases
 from test_fp8 import check_e4m3, decode_e4m3, e4m3, quantised
 from test_fp8 import decode as decode_bytes
 from test_fp8 import reference as reference_of_bytes
+from test_schedule import make_schedule
+from tilemla.bench.cases import GridCase
 from tilemla.costs import formula_costs
-from tilemla.launch import module_for
 from tilemla.schedule import derive_num_splits
 
 LENGTHS = (700, 0, 64, 1, 1500, 130, 0, 65, 900, 3, 257)
@@ -31,18 +30,8 @@ def in_order(lengths, device, num_sm_parts=7, order=ORDER):
     return tuple(torch.from_numpy(array).to(device) for array in spread_schedule(lengths, num_sm_parts, order))
 
 
-def varied_lengths(batch_size, seed=0):
-    """As the benchmark draws them."""
-    draw = random.Random(seed)
-    return [max(int(draw.normalvariate(4096, 2048)), 1) for _ in range(batch_size)]
-
-
-def scheduled(lengths, num_sm_parts, device, costs):
-    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-    metadata = torch.full((num_sm_parts, 8), -12345, dtype=torch.int32, device=device)
-    num_splits = torch.full((len(lengths) + 1,), -12345, dtype=torch.int32, device=device)
-    module_for(device, "a test").functions["get_mla_metadata"](lengths, metadata, num_splits, *costs, 1, -1, 1)
-    return metadata.cpu().numpy(), num_splits.cpu().numpy()
+def varied_lengths(batch_size):
+    return GridCase(batch_size, 4096, 16, 1, is_varied=True).make_lengths()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +40,7 @@ def scheduled(lengths, num_sm_parts, device, costs):
 def test_an_order_leaves_few_cuts(device, batch_size, num_sm_parts, most_cuts):
     """As they come, nearly every part but the last ends within a request."""
     lengths = varied_lengths(batch_size)
-    metadata, num_splits = scheduled(lengths, num_sm_parts, device, formula_costs(64))
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, formula_costs(64))
     check_schedule(metadata, num_splits, lengths, BLOCK_N)
     assert read_order(metadata, batch_size)[1] and num_splits[-1] - batch_size <= most_cuts
 
@@ -59,14 +48,14 @@ def test_an_order_leaves_few_cuts(device, batch_size, num_sm_parts, most_cuts):
 @pytest.mark.parametrize(("batch_size", "num_sm_parts"), [(257, 132), (133, 33), (65, 132), (1, 1)])
 def test_requests_come_as_they_are_where_no_order_fits_or_helps(device, batch_size, num_sm_parts):
     lengths = varied_lengths(batch_size)
-    metadata, num_splits = scheduled(lengths, num_sm_parts, device, formula_costs(64))
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, formula_costs(64))
     check_schedule(metadata, num_splits, lengths, BLOCK_N)
     assert not read_order(metadata, batch_size)[1]
 
 
 def test_equal_lengths_come_as_they_are(device):
     for batch_size, num_sm_parts in ((128, 132), (128, 66), (200, 132), (64, 33)):
-        metadata, _ = scheduled([4096] * batch_size, num_sm_parts, device, formula_costs(64))
+        metadata, _ = make_schedule([4096] * batch_size, num_sm_parts, device, formula_costs(64))
         assert not read_order(metadata, batch_size)[1]
 
 

@@ -207,10 +207,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     ):
         # Tiles of a part lie side by side: those of a query read the same tokens.
         with open_grid(
-            T.ceildiv(h_q, ROWS) * num_sm_parts,
-            s_q,
-            threads=NUM_THREADS,
-            prelude=GATHER_SOURCE + WAY_OUT_SOURCE,
+            T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE + WAY_OUT_SOURCE
         ) as (
             part_and_tile,
             query,
