@@ -149,10 +149,11 @@ def make_metadata_program_cpu() -> Program:
     -------
     Program
         ``get_mla_metadata(cache_seqlens (b,) int32, tile_scheduler_metadata (num_sm_parts, 8) int32,
-        num_splits (b + 1,) int32, overhead, combine_eighths, piece_eighths, seq_len_q, window_left, reorder)``; fills
-        the second and the third. The integers after them are int32: three costs, as ``tilemla.costs`` has them, the
-        queries of a request, how far back from its own position a query sees, as ``attention.first_visible_key`` has
-        it, and whether requests may be visited in another order: 0 for sparse decode, whose kernels take none.
+        num_splits (b + 1,) int32, overhead, combine_eighths, piece_64ths, crowded_eighths, seq_len_q, window_left,
+        reorder)``; fills the second and the third. The integers after them are int32: four costs, as ``tilemla.costs``
+        has them, the queries of a request, how far back from its own position a query sees, as
+        ``attention.first_visible_key`` has it, and whether requests may be visited in another order: 0 for sparse
+        decode, whose kernels take none.
     """
     b, num_sm_parts = T.dynamic("b, num_sm_parts")
 
@@ -173,7 +174,8 @@ def make_metadata_program_cpu() -> Program:
         num_splits: T.Tensor((b + 1,), "int32"),
         overhead: T.int32,
         combine_eighths: T.int32,
-        piece_eighths: T.int32,
+        piece_64ths: T.int32,
+        crowded_eighths: T.int32,
         seq_len_q: T.int32,
         window_left: T.int32,
         reorder: T.int32,
@@ -194,7 +196,8 @@ def make_metadata_program_cpu() -> Program:
             costs = SimpleNamespace(
                 num_sm_parts=num_sm_parts,
                 combine_eighths=combine_eighths,
-                piece_eighths=piece_eighths,
+                piece_64ths=piece_64ths,
+                crowded_eighths=crowded_eighths,
                 may_order=may_order(reorder, b, num_sm_parts),
             )
             total[0] = 0
@@ -369,7 +372,8 @@ def make_metadata_program_sm90() -> Program:
         num_splits: T.Tensor((b + 1,), "int32"),
         overhead: T.int32,
         combine_eighths: T.int32,
-        piece_eighths: T.int32,
+        piece_64ths: T.int32,
+        crowded_eighths: T.int32,
         seq_len_q: T.int32,
         window_left: T.int32,
         reorder: T.int32,
@@ -391,7 +395,8 @@ def make_metadata_program_sm90() -> Program:
             costs = SimpleNamespace(
                 num_sm_parts=num_sm_parts,
                 combine_eighths=combine_eighths,
-                piece_eighths=piece_eighths,
+                piece_64ths=piece_64ths,
+                crowded_eighths=crowded_eighths,
                 may_order=may_order(reorder, b, num_sm_parts),
             )
             # Bound, since a macro would rename a dynamic size.

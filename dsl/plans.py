@@ -2,8 +2,14 @@
 
 A plan has a payload, may cut requests or may not, and visits the requests in an order: as they come, or by one that
 leaves few of them to be cut (`order`). A plan costs its payload, since parts run side by side, and where it cuts, what
-merging costs (``tilemla.costs``); half of that is the combine kernel's and stays whatever is cut, half follows the
-number of cuts.
+merging costs (``tilemla.costs``):
+
+- for cutting at all; with orders half of it is the combine kernel's and stays whatever is cut, and half follows the
+  number of cuts;
+- for the pieces of the request that is cut most, each of which costs the more the more there are beyond
+  `_SHORT_WALK`: the combine kernel walks them;
+- for using more than half of the parts: the combine kernel starts late where few multiprocessors are free before the
+  parts end.
 """
 
 from types import SimpleNamespace
@@ -24,6 +30,8 @@ NUM_ORDERED = 2 * ORDERED_PAYLOADS
 PARTS, LEFT, CUTS, OPENED_BY, OPENED_SPLIT, OPENED_LEFT, _MOST_CUTS, PLAYED_SIZE = range(8)
 NUM_MARKED = _MOST_CUTS  # of these, a walk goes on from the first ones
 _LOOKING_UP = 8  # what an order costs: requests are looked up one after the other, from memory, in eighths of a block
+_SHORT_WALK = 64  # pieces
+_MOST_WEIGHED = 1024  # pieces: what these cost is still an int32
 NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
 
 
@@ -113,12 +121,16 @@ def play_request(played, place, num_blocks, payload, cuts_requests, overhead) ->
 def plan_cost(played, plan, costs: SimpleNamespace) -> Any:
     """What a plan that was played costs more than an equal share, in eighths of a block, int32; NEVER if it fails.
 
-    ``costs`` are num_sm_parts, combine_eighths, piece_eighths and may_order, whether plans of an order are compared.
+    ``costs`` are num_sm_parts, combine_eighths, piece_64ths, crowded_eighths and may_order, whether plans of an order
+    are compared.
     """
+    pieces = T.min(played[_MOST_CUTS] + 1, _MOST_WEIGHED)
     cuts = T.min(played[CUTS], costs.num_sm_parts)
     weighed = T.truncdiv(costs.combine_eighths * (costs.num_sm_parts + cuts), 2 * costs.num_sm_parts)
-    merging = T.if_then_else(costs.may_order, weighed, costs.combine_eighths) + (
-        (played[_MOST_CUTS] + 1) * costs.piece_eighths
+    merging = (
+        T.if_then_else(costs.may_order, weighed, costs.combine_eighths)
+        + T.truncdiv(pieces * T.max(pieces, _SHORT_WALK) * costs.piece_64ths, 8 * _SHORT_WALK)
+        + T.if_then_else(2 * played[PARTS] > costs.num_sm_parts, costs.crowded_eighths, 0)
     )
     cost = 8 * _excess(plan) + T.if_then_else(played[_MOST_CUTS] > 0, merging, 0)
     cost = cost + T.if_then_else(is_ordered(plan), _LOOKING_UP, 0)

@@ -20,11 +20,11 @@ _TILE_ROWS = 64
 _H100_SMS = 132
 # The scheduler tries 16 payloads, from the equal share on, and one that is an overhead larger always works. Up to the
 # others its sums stay far below what it takes for "never".
-_MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_EIGHTHS = 15, 1023, 63
+_MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_64THS, _MOST_CROWDED_EIGHTHS = 15, 1023, 511, 1023
 
 
 class ScheduleCosts(NamedTuple):
-    """Costs of a schedule, in a part's time for a block of 64 tokens, or in eighths of that.
+    """Costs of a schedule, in a part's time for a block of 64 tokens, or in eighths or 64ths of that.
 
     Parameters
     ----------
@@ -32,17 +32,22 @@ class ScheduleCosts(NamedTuple):
         What visiting a request costs beside its blocks (query load, pipeline fill, epilogue), in blocks.
     combine_eighths : int
         What it costs to cut any request at all (partial results written, read and merged), in eighths of a block.
-    piece_eighths : int
-        What each piece of the request that is cut most costs more, in eighths of a block.
+    piece_64ths : int
+        What each piece of the request that is cut most costs more, in 64ths of a block; beyond 64 pieces it grows with
+        their number.
+    crowded_eighths : int
+        What cutting costs more where more than half of the parts are in use, in eighths of a block: the combine kernel
+        then finds few multiprocessors free until parts end.
     """
 
     overhead: int
     combine_eighths: int
-    piece_eighths: int
+    piece_64ths: int
+    crowded_eighths: int
 
     def why_invalid(self) -> str | None:
         """The one validity predicate: None when a schedule can be made so, else why not, with the received value."""
-        limits = (_MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_EIGHTHS)
+        limits = (_MOST_OVERHEAD, _MOST_COMBINE_EIGHTHS, _MOST_PIECE_64THS, _MOST_CROWDED_EIGHTHS)
         for name, value, most in zip(self._fields, self, limits, strict=True):
             if not 0 <= value <= most:
                 return f"{name} must be 0 to {most}, got {value}"
@@ -65,38 +70,54 @@ class ScheduleCosts(NamedTuple):
         return cls(**fields)
 
 
-def formula_costs(rows: int) -> ScheduleCosts:
+def _tiles_to_merge(rows: int, batch_size: int, num_sm_parts: int) -> float:
+    """Tiles of 64 rows that all requests have together: what the combine kernel reads of each piece, by its rows.
+
+    The fewer parts a schedule has, the more KV heads, queries and tiles share the GPU with each.
+    """
+    return _H100_SMS * batch_size / num_sm_parts * min(rows, _TILE_ROWS) / _TILE_ROWS
+
+
+def formula_costs(rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCosts:
     """Costs where none were chosen by measurement.
 
     Parameters
     ----------
     rows : int
         Rows of queries that share a KV head, ``seq_len_q * num_heads_q // num_heads_k``, 1 or more.
+    batch_size : int
+        Requests, 1 or more.
+    num_sm_parts : int
+        Parts of the schedule.
 
     Returns
     -------
     ScheduleCosts
-        Constants measured on an H100, and what a full tile of 64 rows adds to each.
+        By times of some 150 shapes, each cut in several ways, on an H200: an overhead that grows with the rows of a
+        tile, a cost of each piece that grows with the tiles of all requests, and constants.
     """
     used = min(rows, _TILE_ROWS)
+    tiles = _tiles_to_merge(rows, batch_size, num_sm_parts)
     return ScheduleCosts(
         overhead=1 + 4 * used // _TILE_ROWS,
-        combine_eighths=8 * (2 + 6 * used // _TILE_ROWS),
-        piece_eighths=1 + used // _TILE_ROWS,
+        combine_eighths=20,
+        piece_64ths=min(int(tiles * 1.6 + 2.5), 32),
+        crowded_eighths=9,
     )
 
 
 # What a call attends to: pages of 16 bits an element, whose costs the tuner chooses, pages in FP8, tokens by index.
 CALL_KINDS = ("dense", "fp8", "indexed")
-# Overhead and costs of cutting where blocks take a part longer than those of a 16-bit cache, or shorter.
-_MEASURED = {"fp8": (3, 40), "indexed": (2, 16)}
+# Where blocks take a part longer than those of a 16-bit cache, or shorter: overhead, cost of cutting, of a piece for
+# each tile of 64 rows that is merged, and of a crowded GPU.
+_MEASURED = {"fp8": (3, 40, 0.5, 9), "indexed": (2, 16, 1.25, 4)}
 
 
 def costs_of_kind(kind: str, rows: int, batch_size: int, num_sm_parts: int) -> ScheduleCosts | None:
     """Costs of calls that the tuner does not know.
 
     A block of tokens named by index takes a part two to three times as long as a page, so that cutting costs fewer
-    blocks. What a piece costs is the combine kernel's time for its rows, of all requests together.
+    blocks.
 
     Parameters
     ----------
@@ -107,18 +128,18 @@ def costs_of_kind(kind: str, rows: int, batch_size: int, num_sm_parts: int) -> S
     batch_size : int
         Requests, 1 or more.
     num_sm_parts : int
-        Parts of the schedule: the fewer there are, the more queries and tiles of heads share the GPU with each.
+        Parts of the schedule.
 
     Returns
     -------
     ScheduleCosts or None
-        Measured on an H100; None where `select_schedule_costs` is as good.
+        Measured on an H100, what a piece costs on an H200; None where `select_schedule_costs` is as good.
     """
     if kind not in _MEASURED or (kind == "fp8" and rows <= NARROW_ROWS):
         return None
-    overhead, combine_eighths = _MEASURED[kind]
-    tiles = _H100_SMS * batch_size / num_sm_parts * min(rows, _TILE_ROWS) / _TILE_ROWS  # of 64 rows, of all requests
-    return ScheduleCosts(overhead, combine_eighths, piece_eighths=min(int(tiles / 4 + 0.5), 4))
+    overhead, combine_eighths, of_tile, crowded_eighths = _MEASURED[kind]
+    tiles = _tiles_to_merge(rows, batch_size, num_sm_parts)
+    return ScheduleCosts(overhead, combine_eighths, min(int(tiles * of_tile + 0.5), 32), crowded_eighths)
 
 
 # The work of a part on a block, and with it what everything else costs in blocks, is set by how full the tile of 64
@@ -171,4 +192,4 @@ def select_schedule_costs(
         Those of the call's class, by the formula where there are none.
     """
     costs = chosen.get(shape_class(rows, batch_size, num_sm_parts))
-    return formula_costs(rows) if costs is None else costs
+    return formula_costs(rows, batch_size, num_sm_parts) if costs is None else costs

@@ -99,13 +99,13 @@ def test_what_is_named_is_tried_with_each_other_and_nothing_else_is():
     costs = list_costs(values)
     assert {each.overhead for each in costs} == {1, 4}
     assert {each.combine_eighths for each in costs} == set(COST_VALUES["combine_eighths"])
-    assert len(list_costs()) == len(set(list_costs())) == 175
+    assert len(list_costs()) == len(set(list_costs())) == 350
 
 
 @pytest.mark.parametrize(
     "texts, reason",
     [
-        (["speed=9"], "'speed=9' must be NAME=V1,V2 with NAME one of short_piece, .*piece_eighths"),
+        (["speed=9"], "'speed=9' must be NAME=V1,V2 with NAME one of short_piece, .*piece_64ths"),
         (["short_piece"], "'short_piece' must list integers, such as short_piece=1,2"),
         (["short_piece=1,x"], "'short_piece=1,x' must list integers"),
         (["overhead=1", "overhead=2"], "overhead was given twice"),
@@ -116,7 +116,7 @@ def test_bad_parameters_say_why(texts, reason):
         parse_parameters(texts)
 
 
-@pytest.mark.parametrize("bad", [(16, 0, 0), (0, 1024, 0), (0, 0, 64), (-1, 0, 0)])
+@pytest.mark.parametrize("bad", [(16, 0, 0, 0), (0, 1024, 0, 0), (0, 0, 512, 0), (0, 0, 0, 1024), (-1, 0, 0, 0)])
 def test_costs_that_the_scheduler_cannot_add_up_are_invalid(bad):
     costs = ScheduleCosts(*bad)
     name, value = next((name, value) for name, value in costs._asdict().items() if value)
@@ -125,34 +125,56 @@ def test_costs_that_the_scheduler_cannot_add_up_are_invalid(bad):
         list_costs({name: [value]})
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 16, 128, 4096])
 @pytest.mark.parametrize("rows", [1, 16, 32, 63, 64, 65, 128, 4096])
-def test_the_formula_grows_with_the_rows_of_a_tile_and_stays_valid(rows):
-    costs = formula_costs(rows)
+def test_the_formula_grows_with_the_rows_of_a_tile_and_with_tiles_and_stays_valid(rows, batch_size):
+    costs = formula_costs(rows, batch_size, 132)
     assert costs.why_invalid() is None
-    assert all(a <= b for a, b in zip(costs, formula_costs(rows + 1), strict=True))
-    assert formula_costs(64) == formula_costs(4096) == ScheduleCosts(5, 64, 2)
+    for more in (
+        formula_costs(rows + 1, batch_size, 132),
+        formula_costs(rows, batch_size + 1, 132),
+        formula_costs(rows, batch_size, 66),
+    ):
+        assert all(a <= b for a, b in zip(costs, more, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch_size", "num_sm_parts", "piece_eighths"),
-    # Measured on an H100: one request of 128 heads, four, eight; one of four queries; 64 heads; 16.
+    ("rows", "batch_size", "num_sm_parts", "costs"),
+    # Measured on an H200: one request, of 64 and of 128 heads, eight, sixteen, and four of two queries; 16 heads.
     [
-        (128, 1, 66, 1),
-        (128, 4, 66, 2),
-        (128, 8, 66, 4),
-        (128, 1, 16, 2),
-        (64, 4, 132, 1),
-        (16, 1, 132, 0),
-        (16, 64, 132, 4),
+        (64, 1, 132, (5, 20, 4, 9)),
+        (128, 1, 66, (5, 20, 5, 9)),
+        (64, 8, 132, (5, 20, 15, 9)),
+        (64, 16, 132, (5, 20, 28, 9)),
+        (256, 4, 33, (5, 20, 28, 9)),
+        (4096, 128, 2, (5, 20, 32, 9)),
+        (16, 1, 132, (2, 20, 2, 9)),
     ],
 )
-def test_costs_of_calls_with_indices_follow_the_rows_that_are_merged(rows, batch_size, num_sm_parts, piece_eighths):
+def test_the_formula_weighs_pieces_by_the_tiles_that_are_merged(rows, batch_size, num_sm_parts, costs):
+    assert formula_costs(rows, batch_size, num_sm_parts) == ScheduleCosts(*costs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "num_sm_parts", "piece_64ths"),
+    # Measured on an H200: one request of 128 heads, four, eight; one of four queries; 64 heads; 16.
+    [
+        (128, 1, 66, 3),
+        (128, 4, 66, 10),
+        (128, 8, 66, 20),
+        (128, 1, 16, 10),
+        (64, 4, 132, 5),
+        (16, 1, 132, 0),
+        (16, 64, 132, 20),
+    ],
+)
+def test_costs_of_calls_with_indices_follow_the_rows_that_are_merged(rows, batch_size, num_sm_parts, piece_64ths):
     costs = costs_of_kind("indexed", rows, batch_size, num_sm_parts)
-    assert costs == ScheduleCosts(2, 16, piece_eighths) and costs.why_invalid() is None
+    assert costs == ScheduleCosts(2, 16, piece_64ths, 4) and costs.why_invalid() is None
 
 
 def test_costs_of_fp8_caches_are_measured_where_blocks_take_longer():
-    assert costs_of_kind("fp8", 128, 1, 66) == ScheduleCosts(3, 40, 1)
+    assert costs_of_kind("fp8", 128, 1, 66) == ScheduleCosts(3, 40, 1, 9)
     assert costs_of_kind("fp8", 16, 1, 132) is None and costs_of_kind("dense", 128, 1, 66) is None
 
 
@@ -182,8 +204,8 @@ def test_every_call_has_a_class_and_every_class_a_call():
 
 
 def test_selection_is_the_table_where_it_has_the_class_and_the_formula_elsewhere():
-    chosen = {"full_tile/alone": ScheduleCosts(3, 24, 4)}
-    assert select_schedule_costs(64, 1, 132, chosen) == ScheduleCosts(3, 24, 4)
-    assert select_schedule_costs(64, 128, 132, chosen) == formula_costs(64)
-    assert select_schedule_costs(16, 1, 132, chosen) == formula_costs(16)
-    assert select_schedule_costs(64, 1, 132, {}) == formula_costs(64)
+    chosen = {"full_tile/alone": ScheduleCosts(3, 24, 4, 9)}
+    assert select_schedule_costs(64, 1, 132, chosen) == ScheduleCosts(3, 24, 4, 9)
+    assert select_schedule_costs(64, 128, 132, chosen) == formula_costs(64, 128, 132)
+    assert select_schedule_costs(16, 1, 132, chosen) == formula_costs(16, 1, 132)
+    assert select_schedule_costs(64, 1, 132, {}) == formula_costs(64, 1, 132)

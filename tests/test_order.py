@@ -40,7 +40,7 @@ def varied_lengths(batch_size):
 def test_an_order_leaves_few_cuts(device, batch_size, num_sm_parts, most_cuts):
     """As they come, nearly every part but the last ends within a request."""
     lengths = varied_lengths(batch_size)
-    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, formula_costs(64))
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, formula_costs(64, batch_size, num_sm_parts))
     check_schedule(metadata, num_splits, lengths, BLOCK_N)
     assert read_order(metadata, batch_size)[1] and num_splits[-1] - batch_size <= most_cuts
 
@@ -48,14 +48,16 @@ def test_an_order_leaves_few_cuts(device, batch_size, num_sm_parts, most_cuts):
 @pytest.mark.parametrize(("batch_size", "num_sm_parts"), [(257, 132), (133, 33), (65, 132), (1, 1)])
 def test_requests_come_as_they_are_where_no_order_fits_or_helps(device, batch_size, num_sm_parts):
     lengths = varied_lengths(batch_size)
-    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, formula_costs(64))
+    metadata, num_splits = make_schedule(lengths, num_sm_parts, device, formula_costs(64, batch_size, num_sm_parts))
     check_schedule(metadata, num_splits, lengths, BLOCK_N)
     assert not read_order(metadata, batch_size)[1]
 
 
 def test_equal_lengths_come_as_they_are(device):
     for batch_size, num_sm_parts in ((128, 132), (128, 66), (200, 132), (64, 33)):
-        metadata, _ = make_schedule([4096] * batch_size, num_sm_parts, device, formula_costs(64))
+        metadata, _ = make_schedule(
+            [4096] * batch_size, num_sm_parts, device, formula_costs(64, batch_size, num_sm_parts)
+        )
         assert not read_order(metadata, batch_size)[1]
 
 

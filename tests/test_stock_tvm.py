@@ -29,7 +29,7 @@ IN_STOCK_TVM = """
     module = tvm.runtime.load_module(library)
     tensors = {name: tvm.runtime.tensor(value) for name, value in np.load(arguments).items()}
     schedule = [tensors[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")]
-    module["get_mla_metadata"](*schedule, 1, 16, 1, 1, -1, 1)
+    module["get_mla_metadata"](*schedule, 1, 16, 8, 0, 1, -1, 1)
     names = ("q", "kcache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits", "out",
              "softmax_lse", "out_accum", "lse_accum_log2", "attn_sink")
     scalars = (576**-0.5 * 1.4426950408889634, 0.6931471805599453, 1, 3, -1, -1, 0)
@@ -79,7 +79,7 @@ def test_stock_tvm_gets_the_same_numbers(tmp_path):
 
     functions = open_module(entry).functions
     functions["get_mla_metadata"](
-        *(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")), 1, 16, 1, 1, -1, 1
+        *(arguments[name] for name in ("cache_seqlens", "tile_scheduler_metadata", "num_splits")), 1, 16, 8, 0, 1, -1, 1
     )
     functions["mla_decode"](*arguments.values(), SCALE_LOG2, math.log(2.0), 1, 3, -1, -1, 0)
     results = np.load(tmp_path / "results.npz")

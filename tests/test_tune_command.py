@@ -27,8 +27,17 @@ FAST, OTHER = KernelConfig(short_piece=8), KernelConfig(splits_ahead=4)
 DEVICE = torch.device("cpu")
 CASE = GridCase(1, 512, 16, 1)
 TINY = ["--arch", "cpu", "--match", "L256 h16k1 s1", "--rounds", "2", "--rep-ms", "1"]
-TWO_COSTS = ["--param", "overhead=1", "--param", "combine_eighths=0,1023", "--param", "piece_eighths=0"]
-UNCUT = ScheduleCosts(1, 1023, 0)
+TWO_COSTS = [
+    "--param",
+    "overhead=1",
+    "--param",
+    "combine_eighths=0,1023",
+    "--param",
+    "piece_64ths=0",
+    "--param",
+    "crowded_eighths=0",
+]
+UNCUT = ScheduleCosts(1, 1023, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def test_a_run_on_a_cpu(modules, tmp_path, monkeypatch):
     assert [trial.role for trial in trials] == ["default", *["candidate"] * (len(trials) - 2), "again"]
     assert all(trial.stage == "costs" and len(trial.times_us) == 2 and not trial.failure for trial in trials)
     tried = {each for trial in trials for each in trial.costs}
-    assert {ScheduleCosts(1, 0, 0), UNCUT} <= tried
+    assert {ScheduleCosts(1, 0, 0, 0), UNCUT} <= tried
     assert trials[0].run.versions["fingerprint"] == fingerprint.source_fingerprint()
     table = read_table(table_path(logs, CPU, "cpu"))
     assert table.spec == CPU and table.costs["part_tile/some"].evidence.num_cases == 1
@@ -244,7 +253,7 @@ def test_a_session_needs_the_default_and_what_was_chosen_before(entry, tmp_path)
 
 def test_equal_schedules_are_timed_once(entry, tmp_path):
     log = tmp_path / "cpu.jsonl"
-    costs = [*(ScheduleCosts(0, combine, 0) for combine in (0, 1, 2)), UNCUT]
+    costs = [*(ScheduleCosts(0, combine, 0, 0) for combine in (0, 1, 2)), UNCUT]
     session(entry, log, {DEFAULT_CONFIG: entry}, Sequence(1), costs=costs)
     assert [len(trial.costs) for trial in read_trials(log)] == [4, 1, 4]
 

@@ -27,7 +27,7 @@ from tuned_tables import forget
 
 FAST = KernelConfig(short_piece=8)
 OTHER = KernelConfig(splits_ahead=4)
-CHEAP = ScheduleCosts(1, 8, 0)
+CHEAP = ScheduleCosts(1, 8, 0, 0)
 EVIDENCE = Evidence("x", 1.2, 0.01, 1.1, 3, "1-3,7")
 TABLE = Table(
     spec=KernelSpec(),
@@ -48,13 +48,20 @@ TABLE = Table(
     "trial",
     [
         trial_of((10.0, 12.0, 11.0)),
-        trial_of((10.0,), GridCase.of_lengths((5, 15), 16, 4), stage="costs", role="again", costs=[CHEAP, (2, 2, 2)]),
+        trial_of(
+            (10.0,), GridCase.of_lengths((5, 15), 16, 4), stage="costs", role="again", costs=[CHEAP, (2, 2, 2, 2)]
+        ),
         Trial(RUN, "config", "candidate", FAST, failure="ptxas: no\nregisters"),
     ],
 )
 def test_a_trial_comes_back_from_a_log_as_it_was(tmp_path, trial):
     append_trial(tmp_path / "a" / "log.jsonl", trial)
     assert read_trials(tmp_path / "a" / "log.jsonl") == [trial]
+
+
+def test_older_lines_have_eighths_of_a_piece_and_no_cost_of_crowding():
+    fields = trial_of((10.0,), costs=[CHEAP]).to_dict() | {"costs": [[5, 64, 2]]}
+    assert Trial.from_dict(fields).costs == (ScheduleCosts(5, 64, 16, 0),)
 
 
 def test_a_line_has_the_fields_that_are_promised(tmp_path):
@@ -230,14 +237,17 @@ def test_costs_are_chosen_for_each_class_by_itself():
     trials = turn_of({CHEAP: (80.0,) * 3}, stage="costs") + turn_of({CHEAP: (120.0,) * 3}, WHOLE, stage="costs")
     table = choose(trials, "log")
     assert table.chosen_costs == {"part_tile/alone": CHEAP}
-    assert table.costs["part_tile/whole"].evidence.best == "overhead 2, combine_eighths 24, piece_eighths 1"
+    assert (
+        table.costs["part_tile/whole"].evidence.best
+        == "overhead 2, combine_eighths 20, piece_64ths 32, crowded_eighths 9"
+    )
     assert table.costs["part_tile/whole"].evidence.over_default == 1.0
     assert table.config_evidence is None
 
 
 def test_costs_that_lead_to_one_schedule_are_one_trial_and_the_nearest_is_chosen():
-    default = formula_costs(16)
-    near, far = default._replace(piece_eighths=2), ScheduleCosts(0, 0, 8)
+    default = formula_costs(16, 1, 132)
+    near, far = default._replace(piece_64ths=3), ScheduleCosts(0, 0, 64, 0)
     first, _, again = turn_of({far: (80.0,) * 3}, stage="costs")
     trials = [first, trial_of((80.0,) * 3, stage="costs", costs=[far, near]), again]
     assert choose(trials, "log").chosen_costs == {"part_tile/alone": near}
@@ -310,7 +320,13 @@ BAD_TABLES = [
     (changed(costs={"tiny": {}}), "a class must be one of part_tile/alone, .*, got 'tiny'"),
     (changed(costs={"part_tile/alone": {}}), "the field 'costs' is missing"),
     (
-        changed(costs={"part_tile/alone": {"costs": {"overhead": 99, "combine_eighths": 1, "piece_eighths": 1}}}),
+        changed(
+            costs={
+                "part_tile/alone": {
+                    "costs": {"overhead": 99, "combine_eighths": 1, "piece_64ths": 1, "crowded_eighths": 1}
+                }
+            }
+        ),
         "costs of part_tile/alone: overhead must be 0 to 15, got 99",
     ),
     (changed(costs={"part_tile/alone": {"costs": {"overhead": 1}, "evidence": {}}}), "costs must have the fields"),
@@ -387,7 +403,7 @@ def test_a_call_is_scheduled_by_the_table(tuning_dir):
     table = dataclasses.replace(TABLE, spec=KernelSpec(arch="cpu"), gpu="cpu", log="cpu.jsonl", config=DEFAULT_CONFIG)
     found = {}
     for combine_eighths in (0, 1023):
-        costs = {"part_tile/deep": Choice(ScheduleCosts(1, combine_eighths, 0), EVIDENCE)}
+        costs = {"part_tile/deep": Choice(ScheduleCosts(1, combine_eighths, 0, 0), EVIDENCE)}
         put_table(tuning_dir, dataclasses.replace(table, costs=costs))
         found[combine_eighths] = pieces()
     assert found == {0: 8, 1023: 1}

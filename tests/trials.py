@@ -27,7 +27,7 @@ def trial_of(times_us, case=DEEP, *, stage="config", role="candidate", config=DE
         stage=stage,
         role=role,
         config=config,
-        costs=(formula_costs(case.rows),) if costs is None else tuple(costs),
+        costs=(formula_costs(case.rows, case.batch_size, 132),) if costs is None else tuple(costs),
         case=case,
         case_list="tune",
         num_sm_parts=132,

@@ -180,12 +180,12 @@ def planning_cases() -> Iterator[GridCase]:
 
 # By batch size, lengths that are fixed and, where negative, the mean of varied ones.
 _TUNE_LENGTHS = {
-    1: (1024, 8192, 65536),
+    1: (1024, 4096, 8192, 65536),
     2: (4096, 32768, -16384),
     4: (1024, 8192, -8192),
     8: (8192, -4096),
-    16: (-8192,),
-    32: (2048, -8192),
+    16: (1024, -8192),
+    32: (1024, 2048, -8192),
     64: (-4096,),
     128: (4096, -8192),
     256: (-1024,),

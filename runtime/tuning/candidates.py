@@ -22,7 +22,8 @@ CONFIG_VALUES: dict[str, tuple[int, ...]] = {
 COST_VALUES: dict[str, tuple[int, ...]] = {
     "overhead": (1, 2, 3, 5, 8),
     "combine_eighths": (0, 16, 32, 64, 128),
-    "piece_eighths": (0, 1, 2, 3, 4, 6, 8),
+    "piece_64ths": (0, 2, 4, 8, 16, 32, 64),
+    "crowded_eighths": (0, 9),
 }
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(KernelConfig))
 

@@ -25,7 +25,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from tilemla.bench.cases import GridCase
 from tilemla.config import DEFAULT_CONFIG, KernelConfig
-from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, formula_costs, shape_class
+from tilemla.costs import SHAPE_CLASSES, ScheduleCosts, shape_class
 from tilemla.tuning.table import Choice, Evidence, Table
 from tilemla.tuning.trial import Trial
 
@@ -115,9 +115,10 @@ def _choose_costs(turns: Sequence[_Turn]) -> dict[str, Choice]:
         for trial, sample in _compare(turn):
             if trial.case is not None:
                 tried |= {costs: tried[costs] | {trial.case: sample} for costs in trial.costs}
+    formula = {trial.case: trial.costs[0] for turn in turns for _, trial in turn if trial.role == "default"}
     choices = {}
     for name, cases in _by_class(turns).items():
-        near = formula_costs(cases[0].rows)
+        near = formula[cases[0]]
         best = _best(tried, dict.fromkeys(cases, 1 / len(cases)), functools.partial(_distance, near), _describe)
         if best is not None:
             choices[name] = Choice(best.candidate if best.is_better else None, best.evidence)

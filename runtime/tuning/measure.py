@@ -120,7 +120,7 @@ def try_configs(
         The default's first and last.
     """
     inputs = make_inputs(case, device, poison=False)
-    costs = formula_costs(case.rows)
+    costs = formula_costs(case.rows, case.batch_size, _num_sm_parts(case, device))
     default = next(iter(modules))
     schedule = _schedule(modules[default], case, inputs, costs)
     calls = [_make_call(run.spec, module, case, inputs, schedule) for module in modules.values()]
@@ -171,7 +171,8 @@ def try_costs(
     inputs = make_inputs(case, device, poison=False)
     schedules: dict[bytes, _Schedule] = {}
     alike: dict[bytes, list[ScheduleCosts]] = {}
-    for each in dict.fromkeys((formula_costs(case.rows), *costs)):
+    formula = formula_costs(case.rows, case.batch_size, _num_sm_parts(case, device))
+    for each in dict.fromkeys((formula, *costs)):
         schedule = _schedule(module, case, inputs, each)
         key = b"".join(part.cpu().numpy().tobytes() for part in schedule)
         schedules[key] = schedule

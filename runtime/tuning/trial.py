@@ -166,7 +166,7 @@ class Trial:
             stage=fields["stage"],
             role=fields["role"],
             config=KernelConfig.from_dict({name: fields["config"][name] for name in kept}),
-            costs=tuple(ScheduleCosts(*each) for each in fields["costs"]),
+            costs=tuple(_costs_of(*each) for each in fields["costs"]),
             case=None if fields["shape"] is None else grid_case_of(fields["shape"], spec.dtype),
             case_list=fields["case_list"],
             num_sm_parts=fields["num_sm_parts"],
@@ -210,6 +210,13 @@ def _mend_end(log: Any, path: Path) -> None:
     else:
         logger().warning("%s: its last line was never finished and is taken away", path)
         log.truncate(begin)
+
+
+def _costs_of(overhead: int, combine_eighths: int, piece: int, crowded_eighths: int | None = None) -> ScheduleCosts:
+    """What a line holds of costs. Three are older: a piece's are eighths there, and crowding cost nothing."""
+    if crowded_eighths is None:
+        return ScheduleCosts(overhead, combine_eighths, 8 * piece, 0)
+    return ScheduleCosts(overhead, combine_eighths, piece, crowded_eighths)
 
 
 def _is_whole(line: bytes | str) -> bool:
