@@ -50,7 +50,8 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
         return {"mla_sparse_prefill": make_sparse_prefill_program(spec)}
     from tilemla.dsl.batch_invariant import make_batch_invariant_program_cpu, make_batch_invariant_program_cuda
     from tilemla.dsl.merge import make_merge_program_cpu, make_merge_program_cuda
-    from tilemla.dsl.metadata import make_metadata_program_cpu, make_metadata_program_sm90
+    from tilemla.dsl.metadata_cpu import make_metadata_program_cpu
+    from tilemla.dsl.metadata_cuda import make_metadata_program_cuda
 
     if spec.kernel == "mla_sparse_decode":
         if spec.arch == "cpu":
@@ -65,7 +66,7 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
         from tilemla.dsl.sm90.sparse_decode import make_sparse_decode_program as make_sparse_decode_program_sm90
 
         programs = {
-            "get_mla_metadata": make_metadata_program_sm90(),
+            "get_mla_metadata": make_metadata_program_cuda(),
             "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
             "mla_sparse_decode": make_sparse_decode_program_sm90(spec, config),
         }
@@ -99,7 +100,7 @@ def make_programs(spec: KernelSpec, config: KernelConfig = DEFAULT_CONFIG) -> di
 
         narrow = {"mla_decode_narrow": make_narrow_program(spec, config)}
     return {
-        "get_mla_metadata": make_metadata_program_sm90(),
+        "get_mla_metadata": make_metadata_program_cuda(),
         "get_batch_invariant_metadata": make_batch_invariant_program_cuda(),
         "mla_decode": decode,
         "mla_decode_plain": _without_options(decode),
