@@ -31,7 +31,7 @@ PARTS, LEFT, CUTS, OPENED_BY, OPENED_SPLIT, OPENED_LEFT, _MOST_CUTS, PLAYED_SIZE
 NUM_MARKED = _MOST_CUTS  # of these, a walk goes on from the first ones
 _LOOKING_UP = 8  # what an order costs: requests are looked up one after the other, from memory, in eighths of a block
 _SHORT_WALK = 64  # pieces
-_MOST_WEIGHED = 1024  # pieces: what these cost is still an int32
+_MOST_WEIGHED = 256  # pieces, more than a GPU has parts: what they cost stays below what it takes for never
 NEVER = 1 << 14  # more than there can be parts; 65,536 times that is still an int32
 
 

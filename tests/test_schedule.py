@@ -50,7 +50,7 @@ def best_plan(blocks, num_sm_parts, costs):
             pieces = collections.Counter(place for part in parts for place, _, _ in part)
             most, cuts = max(pieces.values()), min(pieces.total() - len(blocks), num_sm_parts)
             merging = combine * (num_sm_parts + cuts) // (2 * num_sm_parts) if may_order else combine
-            weighed = min(most, 1024)
+            weighed = min(most, 256)
             merging += weighed * max(weighed, 64) * piece_64ths // 512 + (
                 crowded if 2 * len(parts) > num_sm_parts else 0
             )
@@ -83,7 +83,7 @@ lengths_strategy = st.lists(
     num_sm_parts=st.one_of(st.integers(1, 12), st.integers(1, 160)),
     costs=st.one_of(
         st.builds(formula_costs, st.sampled_from((1, 16, 32, 63, 64, 128, 1000)), st.integers(1, 64), st.just(132)),
-        st.builds(ScheduleCosts, st.integers(0, 15), st.integers(0, 1023), st.integers(0, 511), st.integers(0, 1023)),
+        st.builds(ScheduleCosts, st.integers(0, 15), st.integers(0, 1023), st.integers(0, 96), st.integers(0, 1023)),
     ),
     seq_len_q=st.sampled_from((1, 2, 100)),
     window_left=st.one_of(st.just(-1), st.sampled_from((0, 63, 64, 2**30)), st.integers(0, 100_000)),
@@ -92,7 +92,7 @@ lengths_strategy = st.lists(
 @example(lengths=[0], num_sm_parts=1, costs=FULL_TILE, seq_len_q=1, window_left=-1)
 @example(lengths=[0] * 7, num_sm_parts=3, costs=FULL_TILE, seq_len_q=1, window_left=-1)
 @example(lengths=[0, 0], num_sm_parts=3, costs=ScheduleCosts(0, 0, 0, 0), seq_len_q=1, window_left=-1)
-@example(lengths=[64 * 160], num_sm_parts=160, costs=ScheduleCosts(15, 1023, 511, 1023), seq_len_q=1, window_left=-1)
+@example(lengths=[64 * 160], num_sm_parts=160, costs=ScheduleCosts(15, 1023, 96, 1023), seq_len_q=1, window_left=-1)
 @example(lengths=[0, 0, 5000, 0, 0], num_sm_parts=132, costs=FULL_TILE, seq_len_q=1, window_left=-1)
 @example(lengths=[1], num_sm_parts=132, costs=FULL_TILE, seq_len_q=1, window_left=-1)
 @example(lengths=[64 * 100, 1, 64 * 100], num_sm_parts=2, costs=FULL_TILE, seq_len_q=1, window_left=-1)
