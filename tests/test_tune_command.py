@@ -12,8 +12,9 @@ from tilemla import fingerprint
 from tilemla.bench.cases import GridCase
 from tilemla.bench.record import TimingMode
 from tilemla.config import DEFAULT_CONFIG, KernelConfig
-from tilemla.costs import ScheduleCosts
+from tilemla.costs import ScheduleCosts, formula_costs
 from tilemla.errors import ModuleNotBuiltError
+from tilemla.launch import CPU_NUM_SMS
 from tilemla.loader import ensure_module
 from tilemla.manifest import manifest_path
 from tilemla.spec import KernelSpec
@@ -59,7 +60,7 @@ def test_the_plan_is_listed_and_nothing_is_done(tmp_path):
         "mla_decode_sm_90a_bf16_",
         "  default\n",
         "  splits_ahead4\n",
-        "175 combinations",
+        "350 combinations",
         "tune: b1 L1024 h16k1",
     ):
         assert line in done.stdout
@@ -253,7 +254,8 @@ def test_a_session_needs_the_default_and_what_was_chosen_before(entry, tmp_path)
 
 def test_equal_schedules_are_timed_once(entry, tmp_path):
     log = tmp_path / "cpu.jsonl"
-    costs = [*(ScheduleCosts(0, combine, 0, 0) for combine in (0, 1, 2)), UNCUT]
+    formula = formula_costs(CASE.rows, CASE.batch_size, CPU_NUM_SMS)
+    costs = [*(formula._replace(combine_eighths=formula.combine_eighths + more) for more in (1, 2, 3)), UNCUT]
     session(entry, log, {DEFAULT_CONFIG: entry}, Sequence(1), costs=costs)
     assert [len(trial.costs) for trial in read_trials(log)] == [4, 1, 4]
 
