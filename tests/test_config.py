@@ -136,6 +136,7 @@ def test_the_formula_grows_with_the_rows_of_a_tile_and_with_tiles_and_stays_vali
         formula_costs(rows, batch_size, 66),
     ):
         assert all(a <= b for a, b in zip(costs, more, strict=True))
+    assert formula_costs(64, batch_size, 132) == formula_costs(4096, batch_size, 132)
 
 
 @pytest.mark.parametrize(

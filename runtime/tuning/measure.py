@@ -40,6 +40,11 @@ def _num_sm_parts(case: GridCase, device: torch.device) -> int:
     return num_sm_parts_for(num_sms_of(device), case.rows, case.num_heads_k)
 
 
+def _formula_costs(case: GridCase, device: torch.device) -> ScheduleCosts:
+    """The costs of a case's schedule on a device where none were chosen: what candidates are compared with."""
+    return formula_costs(case.rows, case.batch_size, _num_sm_parts(case, device))
+
+
 def _schedule(module: LoadedModule, case: GridCase, inputs: GridInputs, costs: ScheduleCosts) -> _Schedule:
     num_sm_parts = _num_sm_parts(case, inputs.q.device)
     schedule = module.functions["get_mla_metadata"]
@@ -120,7 +125,7 @@ def try_configs(
         The default's first and last.
     """
     inputs = make_inputs(case, device, poison=False)
-    costs = formula_costs(case.rows, case.batch_size, _num_sm_parts(case, device))
+    costs = _formula_costs(case, device)
     default = next(iter(modules))
     schedule = _schedule(modules[default], case, inputs, costs)
     calls = [_make_call(run.spec, module, case, inputs, schedule) for module in modules.values()]
@@ -171,8 +176,7 @@ def try_costs(
     inputs = make_inputs(case, device, poison=False)
     schedules: dict[bytes, _Schedule] = {}
     alike: dict[bytes, list[ScheduleCosts]] = {}
-    formula = formula_costs(case.rows, case.batch_size, _num_sm_parts(case, device))
-    for each in dict.fromkeys((formula, *costs)):
+    for each in dict.fromkeys((_formula_costs(case, device), *costs)):
         schedule = _schedule(module, case, inputs, each)
         key = b"".join(part.cpu().numpy().tobytes() for part in schedule)
         schedules[key] = schedule
