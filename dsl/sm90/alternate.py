@@ -1,4 +1,4 @@
-"""A warpgroup of sparse prefill: scores of every second block, half of the output columns.
+"""A warpgroup of two that alternate: scores of every second block, half of the output columns.
 
 Two such warpgroups take turns. Each multiplies Q with the blocks of its own stage, takes their softmax, hands P over to
 the other one and multiplies with it from registers; with the P of the other one's blocks it multiplies from shared
@@ -12,6 +12,7 @@ with the P of the block before. A thread's elements of scores and output are gro
 neighbouring ones of row `row` and the same two of row `row + 8`.
 """
 
+import functools
 from typing import Any
 
 import tilelang.language as T
@@ -34,6 +35,7 @@ from tilemla.dsl.sm90.sparse_tile import (
     QUARTER,
     STAGE_BYTES,
     TURN_PIECES,
+    WARP,
     full_of_half,
     k_step_offset,
     load_q,
@@ -68,6 +70,10 @@ def make_alternating_warpgroup(
     *,
     read_sink: Any,
     write_sums: Any,
+    sink_counts: Any = None,
+    keeps_max: bool = False,
+    launches: bool = False,
+    blocks: int = ALONE,
 ) -> Any:
     """Make the macro ``warpgroup(own, t)``.
 
@@ -83,17 +89,32 @@ def make_alternating_warpgroup(
     blocks_of : callable
         Of a request's place, itself and t: first block, and one past the last.
     way_out : SimpleNamespace
-        Macros ``write_tile(acc, request, stage, first_column, row, column, barrier_id, t)``, whose stage is that of the
-        request's last block, and ``write_empty(request, first_column, t)``.
+        Macros ``write_tile(acc, factors, place, request, stage, first_column, row, column, barrier_id, t)``, whose
+        stage is that of the request's last block, and ``write_empty(place, request, first_column, t)``.
     read_sink : callable
         Of a row of the tile and t: the attention sink of the row's head.
     write_sums : macro
-        ``(request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
+        ``(place, request, row, half, row_sum, running_max, t)``: what a row's sum and maximum come to is written.
+    sink_counts : callable, optional
+        Of a request's place and t: whether the sink is to be counted here. By default it is wherever there is one.
+    keeps_max : bool
+        Whether ``t.true_max`` gets the largest scaled score of each of a thread's rows.
+    launches : bool
+        Whether a kernel that follows may be launched once Q is there.
+    blocks : int
+        Thread blocks that gather the tokens of a block, each warp of which writes a word of the mask, and that a stage
+        is handed back to.
     """
     operand, accum = OPERANDS[dtype], "float32"
     half_steps, behind = HALF // K_STEP, (head_dim_qk - 2 * HALF) // K_STEP
-    all_tokens = 2 ** tokens_of_warp(ALONE) - 1
-    advance = make_advance(keeps_max=True)
+    num_words = NUM_WARPS * blocks
+    fours = tuple(range(0, num_words, 4))
+    all_tokens = 2 ** tokens_of_warp(blocks) - 1
+    advance = make_advance(keeps_max=keeps_max)
+
+    def has_sink(place, t):
+        there = t.has_sink != 0
+        return there if sink_counts is None else there & sink_counts(place, t)
 
     def step_of(half, i):
         # K step i of a half; the last ones of either are those behind V
@@ -193,14 +214,21 @@ def make_alternating_warpgroup(
         T.warpgroup_fence_operand(acc, quarter * _QUARTER_OUTPUTS, _QUARTER_OUTPUTS)
 
     @T.macro
+    def free(stage, piece, t):
+        if blocks == ALONE:
+            arrive_warp(t.empty, stage * TURN_PIECES + piece, t.tx)
+        elif t.tx % WARP < blocks:
+            T.mbarrier_arrive(t.empty[stage * TURN_PIECES + piece], t.tx % WARP)
+
+    @T.macro
     def free_first(stage, own, t):
-        arrive_warp(t.empty, stage * TURN_PIECES + own * 2, t.tx)
+        free(stage, own * 2, t)
 
     @T.macro
     def free_second(stage, own, t):
-        arrive_warp(t.empty, stage * TURN_PIECES + own * 2 + 1, t.tx)
+        free(stage, own * 2 + 1, t)
         if stage != own:
-            arrive_warp(t.empty, stage * TURN_PIECES + TURN_PIECES - 1, t.tx)  # P, where the rope part was
+            free(stage, TURN_PIECES - 1, t)  # P, where the rope part was
 
     @T.macro
     def scale(acc, factors):
@@ -236,17 +264,18 @@ def make_alternating_warpgroup(
 
     @T.macro
     def common_bits(bits, own, t):
-        words = T.alloc_local((NUM_WARPS,), "int32")
-        for w in T.vectorized(NUM_WARPS):
-            words[w] = t.valid[own, w]
-        bits[0] = T.bitwise_and(T.bitwise_and(words[0], words[1]), T.bitwise_and(words[2], words[3]))
+        words = T.alloc_local((num_words,), "int32")
+        for four in fours:
+            for w in T.vectorized(4):
+                words[four + w] = t.valid[own, four + w]
+        bits[0] = functools.reduce(T.bitwise_and, [words[w] for w in range(num_words)])
 
     @T.macro
     def hide_tokens(scores, bits, own, column, t):
         if bits[0] != all_tokens:
-            for w in T.unroll(NUM_WARPS):
+            for w in T.unroll(num_words):
                 word = T.alloc_var("int32", init=T.shift_right(t.valid[own, w], column))
-                hide_unset(scores, w * (SCORES // NUM_WARPS), SCORES // NUM_WARPS, word)
+                hide_unset(scores, w * (SCORES // num_words), SCORES // num_words, word)
 
     @T.macro
     def soften(scores, p, running_max, row_sum, factors, p_place, own, row, t):
@@ -271,7 +300,7 @@ def make_alternating_warpgroup(
         T.barrier_wait(t.met[0], q_phase)
 
     @T.macro
-    def settle(running_max, row_sum, factors, slot, q_phase, own, row, t):
+    def settle(running_max, row_sum, factors, place, slot, q_phase, own, row, t):
         # The sums of both warpgroups, and what the outputs are multiplied by.
         for half in T.unroll(2):
             row_sum[half] = row_sum[half] + T.shfl_xor(row_sum[half], 1)
@@ -279,13 +308,15 @@ def make_alternating_warpgroup(
         if t.tx % 4 == 0:
             for half in T.unroll(2):
                 t.sums[(slot * 2 + own) * ROWS + row + half * 8] = row_sum[half]
-                t.tops[(slot * 2 + own) * ROWS + row + half * 8] = t.true_max[half]
+                if keeps_max:
+                    t.tops[(slot * 2 + own) * ROWS + row + half * 8] = t.true_max[half]
         meet(q_phase, t)
         for half in T.unroll(2):
             row_sum[half] = row_sum[half] + t.sums[(slot * 2 + 1 - own) * ROWS + row + half * 8]
-            t.true_max[half] = T.max(t.true_max[half], t.tops[(slot * 2 + 1 - own) * ROWS + row + half * 8])
+            if keeps_max:
+                t.true_max[half] = T.max(t.true_max[half], t.tops[(slot * 2 + 1 - own) * ROWS + row + half * 8])
             factors[half] = 0
-        if t.has_sink != 0:
+        if has_sink(place, t):
             for half in T.unroll(2):
                 sink = read_sink(row + half * 8, t)
                 factors[half] = sink_share(running_max[half], sink)
@@ -331,8 +362,9 @@ def make_alternating_warpgroup(
             end = T.alloc_var("int32", init=bounds.end)
             for half in T.unroll(2):
                 running_max[half] = RUNNING_MAX_START
-                t.true_max[half] = -T.infinity(accum)
                 row_sum[half] = 0
+                if keeps_max:
+                    t.true_max[half] = -T.infinity(accum)
             if begin >= end:
                 # Nothing is multiplied with this Q.
                 T.barrier_wait(t.q_full[0], q_phase)
@@ -340,7 +372,7 @@ def make_alternating_warpgroup(
                 if own == 0:
                     if place < t.part.end_place_inclusive:
                         load_q(place + 1, head_dim_qk, t)
-                way_out.write_empty(request, own * HALF, t)
+                way_out.write_empty(place, request, own * HALF, t)
             else:
                 for e in T.unroll(_OUTPUTS):
                     acc[e] = 0
@@ -353,6 +385,8 @@ def make_alternating_warpgroup(
                     block = T.alloc_var("int32", init=first + pair * 2)
                     if pair == 0:
                         T.barrier_wait(t.q_full[0], q_phase)
+                        if launches:
+                            T.pdl_trigger()
                     multiply_half(scores, own, phase, own, keys, t)
                     if block > begin:
                         follow(acc, running_max, row_sum, other_phase, own, keys, values, row, t)
@@ -388,9 +422,8 @@ def make_alternating_warpgroup(
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(acc, 0, _OUTPUTS)
                     other_phase = other_phase ^ 1
-                settle(running_max, row_sum, factors, slot, q_phase, own, row, t)
-                scale(acc, factors)
-                way_out.write_tile(acc, request, stage, own * HALF, row, column, own + 1, t)
+                settle(running_max, row_sum, factors, place, slot, q_phase, own, row, t)
+                way_out.write_tile(acc, factors, place, request, stage, own * HALF, row, column, own + 1, t)
                 free_first(stage, own, t)
                 free_second(stage, own, t)
                 stage = stage ^ 1
@@ -400,6 +433,6 @@ def make_alternating_warpgroup(
                 if t.tx % 4 == 0:
                     for half in T.unroll(2):
                         if t.tile[0] + row + half * 8 < t.rows:
-                            write_sums(request, t.tile[0] + row + half * 8, half, row_sum, running_max, t)
+                            write_sums(place, request, t.tile[0] + row + half * 8, half, row_sum, running_max, t)
 
     return warpgroup

@@ -15,7 +15,7 @@ from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import MAX_GRID_Y, PASS_CONFIG
 from tilemla.dsl.sm90.gather import BLOCK, EXTRA_LENGTH, LENGTH, make_walk, request_of_cursor
-from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
+from tilemla.dsl.sm90.gather_fp8 import RAW_SCALES_SHAPE, RAW_SHAPE, make_fp8_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.mask import hide_scores
 from tilemla.dsl.sm90.roles import make_roles
@@ -23,7 +23,6 @@ from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
-    ALONE,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
@@ -156,10 +155,12 @@ def make_decode_program(spec, config) -> Program:
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
             alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
             inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
+            raw = T.alloc_shared(RAW_SHAPE, "uint32", scope="shared")  # bytes that are converted next
+            raw_scales = T.alloc_shared(RAW_SCALES_SHAPE, "uint32", scope="shared")
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(empty_arrivals(ALONE))  # who multiplies with a piece of V, or with P, is done
+            empty = T.alloc_barrier(empty_arrivals())  # who multiplies with a piece of V, or with P, is done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 
@@ -202,6 +203,8 @@ def make_decode_program(spec, config) -> Program:
                 kv=kv,
                 alpha=alpha,
                 inverse_sum=inverse_sums,
+                raw=raw,
+                raw_scales=raw_scales,
                 valid=valid,
                 tile=tile,
                 full=full,

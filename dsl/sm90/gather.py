@@ -43,9 +43,9 @@ TOKENS_PER_PASS = WARP // CHUNK  # that a warp copies 128 bytes of at once, and 
 
 # Where the producer is in the walk, two blocks ahead of the one it gathers: a local int32 buffer. REQUEST is the one at
 # PLACE, where the kernel takes an order. Of it: the block, one past the last, the blocks of the main list, and how many
-# indices each list has.
-PLACE, REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH = range(7)
-CURSOR_SIZE = 7
+# indices each list has. AHEAD are the blocks whose indices have been read and that are not gathered yet.
+PLACE, REQUEST, BLOCK, END, MAIN, LENGTH, EXTRA_LENGTH, AHEAD = range(8)
+CURSOR_SIZE = 8
 
 _PASSES = tuple(range(tokens_of_warp(ALONE) // TOKENS_PER_PASS))  # of a block's copies
 
@@ -74,7 +74,14 @@ def request_of_cursor(cursor, t) -> Any:
     return cursor[PLACE] if t.order is None else cursor[REQUEST]
 
 
-def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE) -> SimpleNamespace:
+@T.macro
+def _prefetch_nothing(token, t) -> None:
+    pass
+
+
+def make_walk(
+    blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE, prefetch: Any = _prefetch_nothing
+) -> SimpleNamespace:
     """Make the macros ``start`` and ``step`` of the walk over the blocks of all requests.
 
     Parameters
@@ -88,6 +95,8 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE
         ``(place, index, t)``: put the address of ``index`` into ``place[0]``, 0 when it is invalid.
     blocks : int
         Thread blocks that gather a block's tokens together.
+    prefetch : macro, optional
+        ``(token, t)``: ask for the index of a token of the part's first block before its list's length is known.
     """
     tokens = tokens_of_warp(blocks)
 
@@ -117,6 +126,7 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE
         index[1] = 0
         if cursor[PLACE] <= t.part.end_place_inclusive:
             read_index(index, cursor, first_row + t.tx % tokens, t)
+            cursor[AHEAD] += 1
             cursor[BLOCK] += 1
             if cursor[BLOCK] >= cursor[END]:
                 cursor[PLACE] += 1
@@ -125,6 +135,8 @@ def make_walk(blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE
     @T.macro
     def start(place, index, cursor, first_row, t):
         cursor[PLACE] = t.part.begin_place
+        cursor[AHEAD] = 0
+        prefetch(first_row + t.tx % tokens, t)
         seek(cursor, t)
         fetch(index, cursor, first_row, t)
         address(place, index, t)

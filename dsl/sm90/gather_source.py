@@ -10,6 +10,10 @@ namespace tilemla {
 
 __device__ __forceinline__ long long address_of(const void *pointer) { return reinterpret_cast<long long>(pointer); }
 
+__device__ __forceinline__ void prefetch(const void *pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
 __device__ __forceinline__ unsigned shared_address(const void *pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
@@ -47,6 +51,13 @@ __device__ __forceinline__ void gather_atoms(unsigned to, long long from, int at
   }
 }
 
+// 4, 8 or 16 bytes, asynchronously.
+template <int BYTES> __device__ __forceinline__ void copy_bytes(unsigned to, long long from, int offset) {
+  const int bytes = from != 0 ? BYTES : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from + offset), "n"(BYTES), "r"(bytes)
+               : "memory");
+}
+
 // 16 of the e4m3 values of each of ATOMS atoms from the FIRST on.
 template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from, int offset) {
   const long long first = from + offset;
@@ -62,13 +73,13 @@ template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsig
   }
 }
 
-// The same of two atoms from shared memory, where their bytes are side by side, and which comes first makes bit 6.
-__device__ __forceinline__ void read_bytes(unsigned *raw, unsigned from) {
+// The same of two atoms from shared memory.
+__device__ __forceinline__ void read_bytes(unsigned *raw, unsigned first, unsigned second) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(raw[i * 4]), "=r"(raw[i * 4 + 1]), "=r"(raw[i * 4 + 2]), "=r"(raw[i * 4 + 3])
-                 : "r"(from ^ i * 64)
+                 : "r"(i == 0 ? first : second)
                  : "memory");
   }
 }
@@ -165,6 +176,13 @@ __device__ __forceinline__ int distance_to_other(unsigned address) {
   unsigned there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank_in_cluster() ^ 1));
   return there - address;
+}
+
+// Whether this is the one thread of its warp that is chosen: what only it does takes uniform registers.
+__device__ __forceinline__ bool elect() {
+  unsigned chosen;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(chosen));
+  return chosen != 0;
 }
 
 // An arrival here, where so many bytes are still to come from the other thread block.

@@ -7,8 +7,6 @@ import tilelang.language as T
 from tilemla.dsl.sm90.sparse_tile import (
     OUTPUT_REGISTERS,
     QUARTER,
-    TURN_PRODUCER_REGISTERS,
-    TURN_REGISTERS,
     Roles,
 )
 from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, WARPGROUP
@@ -50,7 +48,7 @@ def make_roles(roles: Roles, score_warpgroup: Any, output_warpgroup: Any, produc
     return play
 
 
-def make_turns(warpgroup: Any, producer: Any) -> Any:
+def make_turns(warpgroup: Any, producer: Any, registers: tuple[int, int, int]) -> Any:
     """Make the macro ``play(t)`` of three warpgroups: two that take turns, and a producer.
 
     Parameters
@@ -59,18 +57,20 @@ def make_turns(warpgroup: Any, producer: Any) -> Any:
         Of `alternate.make_alternating_warpgroup`.
     producer : macro
         ``(t)``.
+    registers : (int, int, int)
+        Of a thread of each.
     """
 
     @T.macro
     def play(t):
         if t.tx < WARPGROUP:
-            T.set_max_nreg(TURN_REGISTERS, 1)
+            T.set_max_nreg(registers[0], 1)
             warpgroup(0, t)
         elif t.tx < 2 * WARPGROUP:
-            T.set_max_nreg(TURN_REGISTERS, 1)
+            T.set_max_nreg(registers[1], 1)
             warpgroup(1, t)
         else:
-            T.set_max_nreg(TURN_PRODUCER_REGISTERS, 0)
+            T.set_max_nreg(registers[2], 0)
             producer(t)
 
     return play

@@ -3,7 +3,9 @@
 A CTA walks the requests of one part of the schedule for one query of each and one tile of 64 heads. A producer
 warpgroup gathers the 64 tokens of a block from anywhere in the cache, and converts them where the cache is FP8
 (`gather`, `gather_fp8`); a score warpgroup and two output warpgroups then work as those of the dense kernel do
-(`sparse_score`, `sparse_output`). The combine kernel is launched under the tail of this one.
+(`sparse_score`, `sparse_output`). A pair of CTAs, which share the tokens of a block, does so with warpgroups that
+alternate (`gather_fp8_pair`, `alternate`): half as much is converted, and one that makes all scores would be waited
+for. The combine kernel is launched under the tail of this one.
 """
 
 import functools
@@ -15,6 +17,8 @@ import tilelang.language as T
 
 from tilemla.dsl.program import Program
 from tilemla.dsl.schedule import BLOCK_N, NUM_COLUMNS, read_part
+from tilemla.dsl.sm90 import gather_fp8, gather_fp8_pair
+from tilemla.dsl.sm90.alternate import SUMS, make_alternating_warpgroup
 from tilemla.dsl.sm90.combine import make_combine
 from tilemla.dsl.sm90.decode import PASS_CONFIG
 from tilemla.dsl.sm90.gather import (
@@ -27,24 +31,28 @@ from tilemla.dsl.sm90.gather import (
     request_of_cursor,
 )
 from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
+from tilemla.dsl.sm90.gather_fp8_pair import make_paired_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
-from tilemla.dsl.sm90.roles import make_roles
-from tilemla.dsl.sm90.softmax import make_softmax
+from tilemla.dsl.sm90.roles import make_roles, make_turns
+from tilemla.dsl.sm90.softmax import is_in_one_part, make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
     NUM_STAGES,
     NUM_THREADS,
+    NUM_TURN_THREADS,
     NUM_WARPS,
     PAIR,
+    PAIRED_TURN_REGISTERS,
     QUARTER,
+    arrivals_of_turns,
     blocks_of_place,
     empty_arrivals,
     roles_of,
 )
-from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS
-from tilemla.dsl.sm90.way_out import INTERLEAVED, make_way_out
+from tilemla.dsl.sm90.tile import HALF, ROWS, STAGE_COLUMNS
+from tilemla.dsl.sm90.way_out import INTERLEAVED, make_way_out, make_write_tile
 from tilemla.dsl.sm90.way_out_source import WAY_OUT_SOURCE
 from tilemla.kv_formats import FP8_LAYOUTS
 
@@ -76,13 +84,16 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     layout = FP8_LAYOUTS.get(spec.kv_format)
+    roles = roles_of(spec.kv_format)
     if paired:
-        blocks, alloc_empty = PAIR, T.alloc_cluster_barrier
+        blocks, num_threads, alloc_empty = PAIR, NUM_TURN_THREADS, T.alloc_cluster_barrier
         open_grid = functools.partial(T.ClusterKernel, cluster_dims=PAIR)
+        full_arrivals, arrivals_when_empty = arrivals_of_turns(PAIR)
+        raw_shape, raw_scales_shape = gather_fp8_pair.RAW_SHAPE, gather_fp8_pair.RAW_SCALES_SHAPE
     else:
-        blocks, alloc_empty, open_grid = ALONE, T.alloc_barrier, T.Kernel
-    roles = roles_of(spec.kv_format, blocks)
-    full_arrivals = roles.full_arrivals
+        blocks, num_threads, alloc_empty, open_grid = ALONE, NUM_THREADS, T.alloc_barrier, T.Kernel
+        full_arrivals, arrivals_when_empty = roles.full_arrivals, empty_arrivals()
+        raw_shape, raw_scales_shape = gather_fp8.RAW_SHAPE, gather_fp8.RAW_SCALES_SHAPE
     num_words = NUM_WARPS * blocks
     b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
     num_pages, extra_num_pages, num_sm_parts = T.dynamic("num_pages, extra_num_pages, num_sm_parts")
@@ -103,21 +114,23 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
         cache = T.StridedTensor((num_pages, page_bytes), (k_stride_page, 1), "uint8")
         extra_cache = T.StridedTensor((extra_num_pages, extra_page_bytes), (extra_stride_page, 1), "uint8")
 
+    def read_sink(row, t):
+        return t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)]
+
     softmax = make_softmax(
         head_dim_v,
         alpha_slot=lambda _block, stage: stage,
         inverse_sum_index=lambda stage, row: stage * ROWS + row,
-        read_sink=lambda row, t: t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)],
+        read_sink=read_sink,
     )
 
     @T.macro
     def write_sums(place, request, row, half, row_sum, running_max, t):
         softmax.write_lse(place, request, row, row_sum[half], running_max[half], t)
 
-    score_warpgroup = make_score_warpgroup(
-        dtype, head_dim_qk, roles, softmax, blocks_of_place, write_sums, blocks=blocks
-    )
-    output_warpgroup = make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_place, blocks)
+    def out_tile(request, column, t):
+        return t.out[request, t.tile[1], t.tile[0] : t.tile[0] + ROWS, column : column + HALF]
+
     combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED, read_sink=_head_sink)
 
     @T.macro
@@ -131,6 +144,16 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             index[1] = 1
             if extra_position < cursor[EXTRA_LENGTH]:
                 index[0] = t.extra_indices[request_of_cursor(cursor, t), t.head, extra_position]
+
+    @T.macro
+    def prefetch(token, t):
+        position = T.alloc_var("int32", init=t.part.begin_block * BLOCK_N + token)
+        if (t.part.begin_place <= t.part.end_place_inclusive) & (position < t.topk):
+            T.call_extern(
+                "handle",
+                "tilemla::prefetch",
+                T.address_of(t.indices[t.part.begin_place, t.head, position]),
+            )
 
     def make_find(prefix: str, slot: int) -> Any:
         """Find a token of ``t.kcache`` or ``t.extra_kcache``, which a macro's argument would rename."""
@@ -170,13 +193,38 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
         else:
             find_extra(place, index, t)
 
-    walk = make_walk(blocks_of_place, read_index, address, blocks)
-    if layout is None:
-        producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_place)
+    walk = make_walk(blocks_of_place, read_index, address, blocks, prefetch)
+    if paired:
+        half_way_out = make_way_out(HALF)
+        play = make_turns(
+            make_alternating_warpgroup(
+                dtype,
+                head_dim_qk,
+                head_dim_v,
+                blocks_of_place,
+                SimpleNamespace(
+                    write_tile=make_write_tile(out_tile, splits=True), write_empty=half_way_out.write_empty
+                ),
+                read_sink=read_sink,
+                write_sums=write_sums,
+                sink_counts=is_in_one_part,
+                launches=True,
+                blocks=PAIR,
+            ),
+            make_paired_producer(layout, walk),
+            PAIRED_TURN_REGISTERS,
+        )
     else:
-        producer = make_fp8_producer(layout, walk, blocks_of_place, blocks)
-
-    play = make_roles(roles, score_warpgroup, output_warpgroup, producer)
+        if layout is None:
+            producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_place)
+        else:
+            producer = make_fp8_producer(layout, walk, blocks_of_place)
+        play = make_roles(
+            roles,
+            make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_place, write_sums),
+            make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_place),
+            producer,
+        )
 
     def q_tile(request, t):
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
@@ -207,21 +255,30 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     ):
         # Tiles of a part lie side by side: those of a query read the same tokens.
         with open_grid(
-            T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=NUM_THREADS, prelude=GATHER_SOURCE + WAY_OUT_SOURCE
+            T.ceildiv(h_q, ROWS) * num_sm_parts, s_q, threads=num_threads, prelude=GATHER_SOURCE + WAY_OUT_SOURCE
         ) as (
             part_and_tile,
             query,
         ):
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
-            alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
-            inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
+            # What the warpgroups that take turns tell one another, or the score warpgroup the others.
+            maxima, sums, met, raw, raw_scales = None, None, None, None, None
+            alpha, inverse_sums = None, None
+            if paired:
+                maxima = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")  # running, after a block
+                sums = T.alloc_shared((SUMS,), accum, scope="shared")
+                met = T.alloc_barrier([2 * NUM_WARPS])  # the warps of both have written a tile's sums
+            else:
+                alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
+                inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
+            if layout is not None:  # bytes that are converted next
+                raw = T.alloc_shared(raw_shape, "uint32", scope="shared")
+                raw_scales = T.alloc_shared(raw_scales_shape, "uint32", scope="shared")
             valid = T.alloc_shared((NUM_STAGES, num_words), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
             reciprocals = T.alloc_shared((4,), "uint32", scope="shared")  # of the page sizes, for divisions
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = alloc_empty(
-                empty_arrivals(blocks)
-            )  # the warps that multiply with a piece of V, or with P, are done
+            empty = alloc_empty(arrivals_when_empty)  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 
@@ -268,6 +325,11 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                 kv=kv,
                 alpha=alpha,
                 inverse_sum=inverse_sums,
+                maxima=maxima,
+                sums=sums,
+                met=met,
+                raw=raw,
+                raw_scales=raw_scales,
                 valid=valid,
                 tile=tile,
                 reciprocals=reciprocals,

@@ -5,11 +5,11 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.schedule import BLOCK_N
-from tilemla.dsl.sm90.sparse_tile import ALONE, NUM_PIECES, NUM_STAGES, QUARTER, WARP
+from tilemla.dsl.sm90.sparse_tile import NUM_PIECES, NUM_STAGES, QUARTER
 from tilemla.dsl.sm90.tile import ROWS, arrive_warp, next_turn, phase_of, request_of, row_of, stage_of
 
 
-def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks: int = ALONE) -> Any:
+def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any) -> Any:
     """Make the macro ``output_warpgroup(first, second, column, barrier_id, t)``.
 
     ``first`` and ``second`` are the (64, 128) accumulators, ``column`` their first output column, ``barrier_id`` the
@@ -24,17 +24,12 @@ def make_output_warpgroup(head_dim_v: int, way_out: Any, blocks_of: Any, blocks:
         Of `make_way_out`.
     blocks_of : callable
         Of a request's place, itself and t: first block, and one past the last.
-    blocks : int
-        Thread blocks that a stage is handed back to.
     """
     accum = "float32"
 
     @T.macro
     def free(stage, piece, t):
-        if blocks == ALONE:
-            arrive_warp(t.empty, stage * NUM_PIECES + piece, t.tx)
-        elif t.tx % WARP < blocks:
-            T.mbarrier_arrive(t.empty[stage * NUM_PIECES + piece], t.tx % WARP)
+        arrive_warp(t.empty, stage * NUM_PIECES + piece, t.tx)
 
     @T.macro
     def free_second(stage, column, t):

@@ -18,14 +18,14 @@ from tilemla.dsl.sm90.gather import BLOCK, LENGTH, make_turn_producer, make_walk
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.roles import make_turns
 from tilemla.dsl.sm90.sparse_tile import (
-    EMPTY_ARRIVALS_OF_TURNS,
-    FULL_ARRIVALS_OF_TURNS,
     NUM_STAGES,
     NUM_TURN_THREADS,
     NUM_WARPS,
+    TURN_REGISTERS,
+    arrivals_of_turns,
 )
 from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, STAGE_COLUMNS
-from tilemla.dsl.sm90.way_out import make_store_tile
+from tilemla.dsl.sm90.way_out import make_write_tile
 
 # Queries of a CTA. With fewer CTAs than that many for each of the SMs of an H100 the last ones would be waited for.
 LONGEST_RUN = 4
@@ -46,6 +46,7 @@ def make_sparse_prefill_program(spec) -> Program:
         ``mla_sparse_prefill``. Tokens are apart by multiples of 16 bytes.
     """
     dtype, accum = spec.dtype, "float32"
+    full_arrivals, empty_arrivals = arrivals_of_turns()
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     s_q, h_q, s_kv, topk, len_sink = T.dynamic("s_q, h_q, s_kv, topk, len_sink")
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")
@@ -74,19 +75,19 @@ def make_sparse_prefill_program(spec) -> Program:
             place[0] = T.call_extern("int64", "tilemla::address_of", T.address_of(t.latent[index[0], 0]))
 
     @T.macro
-    def write_sums(query, row, half, row_sum, running_max, t):
+    def write_sums(_place, query, row, half, row_sum, running_max, t):
         t.softmax_lse[query, row] = final_lse(row_sum[half], running_max[half], LN_2)
         t.max_logits[query, row] = t.true_max[half] * LN_2
 
     @T.macro
-    def write_empty(query, column, t):
+    def write_empty(_place, query, column, t):
         row0 = T.alloc_var("int32", init=t.tile[0])
         end_row = T.alloc_var("int32", init=T.min(row0 + ROWS, t.rows))
         for row in T.unroll(row0, end_row, annotations=NOT_UNROLLED):
             for j in T.Parallel(HALF):
                 t.out[query, row, column + j] = 0
 
-    way_out = SimpleNamespace(write_tile=make_store_tile(out_tile), write_empty=write_empty)
+    way_out = SimpleNamespace(write_tile=make_write_tile(out_tile), write_empty=write_empty)
     warpgroup = make_alternating_warpgroup(
         dtype,
         head_dim_qk,
@@ -95,10 +96,11 @@ def make_sparse_prefill_program(spec) -> Program:
         way_out,
         read_sink=lambda row, t: t.attn_sink[T.min(t.tile[0] + row, t.rows - 1)],
         write_sums=write_sums,
+        keeps_max=True,
     )
     producer = make_turn_producer(head_dim_qk, make_walk(blocks_of, read_index, address), blocks_of)
 
-    play = make_turns(warpgroup, producer)
+    play = make_turns(warpgroup, producer, TURN_REGISTERS)
 
     head_tiles = T.ceildiv(h_q, ROWS)
     run = T.max(T.min(s_q * head_tiles // CTAS_PER_RUN, LONGEST_RUN), 1)
@@ -126,10 +128,8 @@ def make_sparse_prefill_program(spec) -> Program:
             tops = T.alloc_shared((SUMS,), accum, scope="shared")  # the same of largest scores
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, first query and last
-            full = T.alloc_barrier(FULL_ARRIVALS_OF_TURNS)  # a piece of a block is there
-            empty = T.alloc_barrier(
-                EMPTY_ARRIVALS_OF_TURNS
-            )  # the warps that multiply with a piece of V, or with P, are done
+            full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
+            empty = T.alloc_barrier(empty_arrivals)  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
             met = T.alloc_barrier([2 * NUM_WARPS])  # the warps of both warpgroups have written a tile's sums

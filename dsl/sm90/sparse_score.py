@@ -44,7 +44,6 @@ def make_score_warpgroup(
     write_sums: Any,
     *,
     mask: Any = None,
-    blocks: int = ALONE,
 ) -> Any:
     """Make the macro ``score_warpgroup(t)``; see ``score`` for the elements that a thread holds.
 
@@ -65,12 +64,8 @@ def make_score_warpgroup(
     mask : macro, optional
         ``(scores, request, block, stage, row, column, t)``: make -inf of what a row does not see. By default the words
         say it that the producer's warps write beside a block: bits for its tokens.
-    blocks : int
-        Thread blocks that gather the tokens of a block, each warp of which writes a word of the mask.
     """
-    num_words = NUM_WARPS * blocks
-    fours = tuple(range(0, num_words, 4))
-    all_tokens = 2 ** tokens_of_warp(blocks) - 1
+    all_tokens = 2 ** tokens_of_warp(ALONE) - 1
     operand, accum = OPERANDS[dtype], "float32"
     q_steps = roles.q_steps
     # Of each piece, its number, the K steps multiplied from registers (first, count), and those from shared memory.
@@ -81,7 +76,7 @@ def make_score_warpgroup(
         pieces.append((piece, first, middle - first, middle, end - middle))
 
     def common_bits(words):
-        return functools.reduce(T.bitwise_and, [words[w] for w in range(num_words)])
+        return functools.reduce(T.bitwise_and, [words[w] for w in range(NUM_WARPS)])
 
     @T.macro
     def multiply_registers(scores, q_registers, first, count, keys, stage):
@@ -148,14 +143,13 @@ def make_score_warpgroup(
 
     @T.macro
     def hide_tokens(scores, request, block, stage, row, column, t):
-        words = T.alloc_local((num_words,), "int32")
-        for four in fours:
-            for w in T.vectorized(4):
-                words[four + w] = t.valid[stage, four + w]
+        words = T.alloc_local((NUM_WARPS,), "int32")
+        for w in T.vectorized(NUM_WARPS):
+            words[w] = t.valid[stage, w]
         if common_bits(words) != all_tokens:
-            for w in T.unroll(num_words):
+            for w in T.unroll(NUM_WARPS):
                 bits = T.alloc_var("int32", init=T.shift_right(words[w], column))
-                hide_unset(scores, w * (SCORES // num_words), SCORES // num_words, bits)
+                hide_unset(scores, w * (SCORES // NUM_WARPS), SCORES // NUM_WARPS, bits)
 
     mask = mask or hide_tokens
 

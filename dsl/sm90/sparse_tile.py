@@ -74,10 +74,7 @@ class Roles:
 
     @property
     def full_arrivals(self) -> list[int]:
-        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives.
-
-        What the other thread block of a pair stores counts by its bytes.
-        """
+        """At the barriers of the ring's pieces; with the last piece every warp's word of the mask arrives."""
         if self.copies_arrive:
             return ([WARPGROUP] * (NUM_PIECES - 1) + [WARPGROUP + NUM_WARPS]) * NUM_STAGES
         return [NUM_WARPS] * NUM_PIECES * NUM_STAGES
@@ -88,12 +85,24 @@ class Roles:
 # columns are free when a warpgroup has multiplied with its P, the others once the other one has, with P from there.
 TURN_PIECES = len(PIECES) + 1
 # Two barriers say that they are there, of the halves of the output columns: the one of the warpgroup that makes the
-# scores first, then the other one together with the last piece. The asynchronous copies of each thread arrive, and with
-# the last piece each warp of the producer, whose word of the mask is there, too.
-FULL_ARRIVALS_OF_TURNS = [WARPGROUP, WARPGROUP + NUM_WARPS, WARPGROUP + NUM_WARPS, WARPGROUP]
-EMPTY_ARRIVALS_OF_TURNS = [NUM_WARPS] * TURN_PIECES * NUM_STAGES
-TURN_REGISTERS, TURN_PRODUCER_REGISTERS = 216, 72
+# scores first, then the other one together with the last piece.
+# Registers of a thread of those that take turns, and of the producer: 504 in all, what 384 threads start with.
+TURN_REGISTERS, PAIRED_TURN_REGISTERS = (216, 216, 72), (216, 208, 80)
 NUM_TURN_THREADS = 3 * WARPGROUP
+
+
+def arrivals_of_turns(blocks: int = ALONE) -> tuple[list[int], list[int]]:
+    """At the barriers of full halves and of empty pieces, where that many thread blocks gather a block together.
+
+    Alone, the asynchronous copies of each thread arrive, and with the last piece each warp of the producer, whose word
+    of the mask is there, too. In a pair each warp arrives for what the other thread block stores, which counts by its
+    bytes.
+    """
+    if blocks == ALONE:
+        full = [WARPGROUP, WARPGROUP + NUM_WARPS, WARPGROUP + NUM_WARPS, WARPGROUP]
+    else:
+        full = [NUM_WARPS] * 2 * NUM_STAGES
+    return full, [NUM_WARPS * blocks] * TURN_PIECES * NUM_STAGES
 
 
 def full_of_half(stage, half) -> Any:
@@ -101,18 +110,16 @@ def full_of_half(stage, half) -> Any:
     return stage * 2 + half
 
 
-def empty_arrivals(blocks: int) -> list[int]:
-    """Warps at the barriers of what an output warpgroup frees, a piece at a time, of that many thread blocks."""
-    return [count * blocks for count in [NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]] * NUM_STAGES
+def empty_arrivals() -> list[int]:
+    """Warps at the barriers of what an output warpgroup frees, a piece at a time."""
+    return ([NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]) * NUM_STAGES
 
 
-def roles_of(kv_format: str, blocks: int = ALONE) -> Roles:
-    """The roles for a cache's format, where that many thread blocks gather the tokens of a block together."""
+def roles_of(kv_format: str) -> Roles:
+    """The roles for a cache's format."""
     if kv_format == "dense":
         return Roles(score_registers=152, producer_registers=40, q_steps=16, copies_arrive=True)
-    if blocks == ALONE:
-        return Roles(score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False)
-    return Roles(score_registers=120, producer_registers=72, q_steps=7, copies_arrive=False)
+    return Roles(score_registers=96, producer_registers=96, q_steps=2, copies_arrive=False)
 
 
 def columns_of_pieces(head_dim_qk: int, roles: Roles) -> list[tuple[int, int, int]]:

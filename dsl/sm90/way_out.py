@@ -12,6 +12,21 @@ from tilemla.dsl.sm90.tile import HALF, NOT_UNROLLED, ROWS, WARPGROUP, assume_st
 INTERLEAVED = 8  # columns of a partial row, see `combine`
 
 
+def _store_partial(acc, factors, slot, head, row, column, columns, t) -> Any:
+    # A thread's elements of an accumulator of so many columns, interleaved as `combine` has it: a row's sectors by half
+    # as many instructions.
+    return T.call_extern(
+        "handle",
+        f"tilemla::store_rows<{columns}>",
+        T.address_of(t.out_accum[slot, head, row, column + t.tx % 4 * 4]),
+        acc.data,
+        factors.data,
+        8 * t.out_accum.shape[3],
+        row < t.rows,
+        row + 8 < t.rows,
+    )
+
+
 def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
     """Make the macros ``scale_rows``, ``write_tile`` and ``write_empty``.
 
@@ -39,17 +54,7 @@ def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
         if is_split(t.part, place):
             slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
             row = T.alloc_var("int32", init=row0 + row_of(t.tx))
-            # Interleaved as `combine` has it: a row's sectors by half as many instructions.
-            T.call_extern(
-                "handle",
-                f"tilemla::store_rows<{share}>",
-                T.address_of(t.out_accum[slot, head, row, column + part * share + t.tx % 4 * 4]),
-                acc.data,
-                scale.data,
-                8 * t.out_accum.shape[3],
-                row < t.rows,
-                row + 8 < t.rows,
-            )
+            _store_partial(acc, scale, slot, head, row, column + part * share, share, t)
         else:
             scale_rows(acc, scale)
             # The last page has been read: its stage carries the tile to the TMA store before it is loaded again.
@@ -85,24 +90,29 @@ def make_way_out(width: int, warpgroups: int = 1) -> SimpleNamespace:
     return SimpleNamespace(scale_rows=scale_rows, write_tile=write_tile, write_empty=write_empty)
 
 
-def make_store_tile(out_tile: Callable[[Any, Any, Any], Any]) -> Any:
-    """Make the macro ``store_tile`` for accumulators of which each thread holds its elements.
+def make_write_tile(out_tile: Callable[[Any, Any, Any], Any], *, splits: bool = False) -> Any:
+    """Make the macro ``write_tile`` for accumulators of which each thread holds its elements.
 
     These are groups of eight columns, of each two neighbouring ones from ``column`` on, of row ``row`` and then of row
-    ``row + 8``; ``first_column`` is the warpgroup's first one.
+    ``row + 8``, and ``factors`` what those of both rows are multiplied by; ``first_column`` is the warpgroup's first
+    one.
 
     Parameters
     ----------
     out_tile : callable
         Of request, first column and t: where the tile of a warpgroup goes, (64, 256).
+    splits : bool
+        Whether requests may be split.
     """
 
     @T.macro
-    def store_tile(acc, request, stage, first_column, row, column, barrier_id, t):
+    def store_tile(acc, factors, request, stage, first_column, row, column, barrier_id, t):
         # The last block has been read: its stage carries the tile to the TMA store before it is loaded again.
         for pair in T.unroll(HALF // 4):
             for v in T.vectorized(2):
-                t.kv[stage, row + pair % 2 * 8, first_column + pair // 2 * 8 + column + v] = acc[pair * 2 + v]
+                t.kv[stage, row + pair % 2 * 8, first_column + pair // 2 * 8 + column + v] = (
+                    acc[pair * 2 + v] * factors[pair % 2]
+                )
         T.fence_proxy_async()
         T.sync_threads(barrier_id, WARPGROUP)
         if t.tx % WARPGROUP < 32:
@@ -114,4 +124,17 @@ def make_store_tile(out_tile: Callable[[Any, Any, Any], Any]) -> Any:
             T.tma_store_wait(0)
         T.sync_threads(barrier_id, WARPGROUP)
 
-    return store_tile
+    @T.macro
+    def write_tile(acc, factors, place, request, stage, first_column, row, column, barrier_id, t):
+        if splits:
+            if is_split(t.part, place):
+                slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
+                head = T.alloc_var("int32", init=t.tile[1])
+                tile_row = T.alloc_var("int32", init=t.tile[0] + row)
+                _store_partial(acc, factors, slot, head, tile_row, first_column, HALF, t)
+            else:
+                store_tile(acc, factors, request, stage, first_column, row, column, barrier_id, t)
+        else:
+            store_tile(acc, factors, request, stage, first_column, row, column, barrier_id, t)
+
+    return write_tile
