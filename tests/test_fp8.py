@@ -237,7 +237,8 @@ def test_scales_of_0(device, descales):
 def test_as_vllm_calls(device):
     inputs, (q, held) = e4m3(E4M3, device, 0.5, 0.25)
     schedule = tilemla.get_mla_metadata_dense_fp8(inputs.cache_seqlens, 2 * 20, 1)
-    for one, other in zip(schedule, tilemla.get_mla_metadata(inputs.cache_seqlens, 2 * 20, 1), strict=True):
+    of_fp8 = tilemla.get_mla_metadata(inputs.cache_seqlens, 2 * 20, 1, is_fp8_kvcache=True)
+    for one, other in zip(schedule, of_fp8, strict=True):
         assert torch.equal(one, other)
     out, lse = tilemla.flash_mla_with_kvcache_fp8(
         q=inputs.q,
