@@ -110,9 +110,10 @@ def make_metadata_program_cpu() -> Program:
                             "int32", init=count_visible(cache_seqlens[request], seq_len_q, window_left)
                         )
                         play_request(played, request, visible, payload, may_cut(plan), overhead)
-                    if plan_cost(played, plan, costs) < best[1]:
+                    cost = T.alloc_var("int32", init=plan_cost(played, plan, costs))
+                    if cost < best[1]:
                         best[0] = plan
-                        best[1] = plan_cost(played, plan, costs)
+                        best[1] = cost
             if costs.may_order:
                 rank_requests(ranked, ranked_blocks, num_blocks, batch_size, cache_seqlens, seq_len_q, window_left)
                 for number in T.serial(NUM_ORDERED):
@@ -122,9 +123,10 @@ def make_metadata_program_cpu() -> Program:
                         play_ordered_cpu(
                             played, tried, is_taken, ranked, ranked_blocks, batch_size, payload, may_cut(plan), overhead
                         )
-                        if plan_cost(played, plan, costs) < best[1]:
+                        cost = T.alloc_var("int32", init=plan_cost(played, plan, costs))
+                        if cost < best[1]:
                             best[0] = plan
-                            best[1] = plan_cost(played, plan, costs)
+                            best[1] = cost
                             for place in T.serial(b):
                                 order[0, place] = tried[place]
             ordered = T.alloc_var("bool", init=is_ordered(best[0]))
