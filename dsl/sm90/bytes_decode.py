@@ -23,11 +23,11 @@ from tilemla.dsl.sm90.softmax import make_softmax
 from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
+    EMPTY_ARRIVALS,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
     QUARTER,
-    empty_arrivals,
     roles_of,
 )
 from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS, begin_and_end
@@ -160,7 +160,7 @@ def make_decode_program(spec, config) -> Program:
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = T.alloc_barrier(empty_arrivals())  # who multiplies with a piece of V, or with P, is done
+            empty = T.alloc_barrier(EMPTY_ARRIVALS)  # who multiplies with a piece of V, or with P, is done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 

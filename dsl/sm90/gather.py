@@ -74,13 +74,8 @@ def request_of_cursor(cursor, t) -> Any:
     return cursor[PLACE] if t.order is None else cursor[REQUEST]
 
 
-@T.macro
-def _prefetch_nothing(token, t) -> None:
-    pass
-
-
 def make_walk(
-    blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE, prefetch: Any = _prefetch_nothing
+    blocks_of: Any, read_index: Any, address: Any, blocks: int = ALONE, prefetch: Any = None
 ) -> SimpleNamespace:
     """Make the macros ``start`` and ``step`` of the walk over the blocks of all requests.
 
@@ -136,7 +131,8 @@ def make_walk(
     def start(place, index, cursor, first_row, t):
         cursor[PLACE] = t.part.begin_place
         cursor[AHEAD] = 0
-        prefetch(first_row + t.tx % tokens, t)
+        if prefetch is not None:
+            prefetch(first_row + t.tx % tokens, t)
         seek(cursor, t)
         fetch(index, cursor, first_row, t)
         address(place, index, t)

@@ -201,7 +201,7 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any) -> Any
                 if t.tx % WARP == 0:
                     t.valid[stage, warp] = T.bitwise_and(valid, 2**_TOKENS - 1)
                 copy_later(place, stage, first_row, kv, t)
-                T.call_extern("handle", f"tilemla::wait_copies<{len(later)}>")
+                T.call_extern("handle", f"tilemla::wait_copies<{copies_left(0)}>")
                 T.sync_warp()
                 take_scales(scales, first_row, t)
                 read_bytes(raw[0], stage, first_row, None, 0, kv, t)

@@ -126,7 +126,7 @@ def make_paired_producer(layout: Any, walk: SimpleNamespace) -> Any:
             )
         T.call_extern(
             "handle",
-            f"tilemla::load_atoms<0, {_PIECES * _ATOMS}>",
+            f"tilemla::load_atoms<{_PIECES * _ATOMS}>",
             T.address_of(raw[0]),
             rows[0],
             half * (_PIECES * _ATOMS * SLICE) + t.tx % 4 * CHUNK_BYTES,

@@ -58,8 +58,8 @@ template <int BYTES> __device__ __forceinline__ void copy_bytes(unsigned to, lon
                : "memory");
 }
 
-// 16 of the e4m3 values of each of ATOMS atoms from the FIRST on.
-template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from, int offset) {
+// 16 of the e4m3 values of each of ATOMS atoms.
+template <int ATOMS> __device__ __forceinline__ void load_atoms(unsigned *raw, long long from, int offset) {
   const long long first = from + offset;
 #pragma unroll
   for (int i = 0; i < ATOMS; ++i) {
@@ -67,7 +67,7 @@ template <int FIRST, int ATOMS> __device__ __forceinline__ void load_atoms(unsig
     if (from != 0) {
       asm volatile("ld.global.nc.L1::evict_last.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "l"(first + (FIRST + i) * 64));
+                   : "l"(first + i * 64));
     }
     raw[i * 4] = v.x, raw[i * 4 + 1] = v.y, raw[i * 4 + 2] = v.z, raw[i * 4 + 3] = v.w;
   }

@@ -30,8 +30,6 @@ from tilemla.dsl.sm90.gather import (
     make_walk,
     request_of_cursor,
 )
-from tilemla.dsl.sm90.gather_fp8 import make_fp8_producer
-from tilemla.dsl.sm90.gather_fp8_pair import make_paired_producer
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.roles import make_roles, make_turns
 from tilemla.dsl.sm90.softmax import is_in_one_part, make_softmax
@@ -39,6 +37,7 @@ from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
+    EMPTY_ARRIVALS,
     NUM_STAGES,
     NUM_THREADS,
     NUM_TURN_THREADS,
@@ -48,7 +47,6 @@ from tilemla.dsl.sm90.sparse_tile import (
     QUARTER,
     arrivals_of_turns,
     blocks_of_place,
-    empty_arrivals,
     roles_of,
 )
 from tilemla.dsl.sm90.tile import HALF, ROWS, STAGE_COLUMNS
@@ -88,12 +86,11 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     if paired:
         blocks, num_threads, alloc_empty = PAIR, NUM_TURN_THREADS, T.alloc_cluster_barrier
         open_grid = functools.partial(T.ClusterKernel, cluster_dims=PAIR)
-        full_arrivals, arrivals_when_empty = arrivals_of_turns(PAIR)
-        raw_shape, raw_scales_shape = gather_fp8_pair.RAW_SHAPE, gather_fp8_pair.RAW_SCALES_SHAPE
+        full_arrivals, empty_arrivals = arrivals_of_turns(PAIR)
     else:
         blocks, num_threads, alloc_empty, open_grid = ALONE, NUM_THREADS, T.alloc_barrier, T.Kernel
-        full_arrivals, arrivals_when_empty = roles.full_arrivals, empty_arrivals()
-        raw_shape, raw_scales_shape = gather_fp8.RAW_SHAPE, gather_fp8.RAW_SCALES_SHAPE
+        full_arrivals, empty_arrivals = roles.full_arrivals, EMPTY_ARRIVALS
+    gathering = gather_fp8_pair if paired else gather_fp8
     num_words = NUM_WARPS * blocks
     b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
     num_pages, extra_num_pages, num_sm_parts = T.dynamic("num_pages, extra_num_pages, num_sm_parts")
@@ -195,7 +192,6 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
 
     walk = make_walk(blocks_of_place, read_index, address, blocks, prefetch)
     if paired:
-        half_way_out = make_way_out(HALF)
         play = make_turns(
             make_alternating_warpgroup(
                 dtype,
@@ -203,7 +199,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                 head_dim_v,
                 blocks_of_place,
                 SimpleNamespace(
-                    write_tile=make_write_tile(out_tile, splits=True), write_empty=half_way_out.write_empty
+                    write_tile=make_write_tile(out_tile, splits=True), write_empty=make_way_out(HALF).write_empty
                 ),
                 read_sink=read_sink,
                 write_sums=write_sums,
@@ -211,14 +207,14 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                 launches=True,
                 blocks=PAIR,
             ),
-            make_paired_producer(layout, walk),
+            gather_fp8_pair.make_paired_producer(layout, walk),
             PAIRED_TURN_REGISTERS,
         )
     else:
         if layout is None:
             producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_place)
         else:
-            producer = make_fp8_producer(layout, walk, blocks_of_place)
+            producer = gather_fp8.make_fp8_producer(layout, walk, blocks_of_place)
         play = make_roles(
             roles,
             make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_place, write_sums),
@@ -261,9 +257,8 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             query,
         ):
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
+            maxima, sums, met, alpha, inverse_sums, raw, raw_scales = (None,) * 7
             # What the warpgroups that take turns tell one another, or the score warpgroup the others.
-            maxima, sums, met, raw, raw_scales = None, None, None, None, None
-            alpha, inverse_sums = None, None
             if paired:
                 maxima = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")  # running, after a block
                 sums = T.alloc_shared((SUMS,), accum, scope="shared")
@@ -272,13 +267,13 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
                 alpha = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")
                 inverse_sums = T.alloc_shared((NUM_STAGES * ROWS,), accum, scope="shared")
             if layout is not None:  # bytes that are converted next
-                raw = T.alloc_shared(raw_shape, "uint32", scope="shared")
-                raw_scales = T.alloc_shared(raw_scales_shape, "uint32", scope="shared")
+                raw = T.alloc_shared(gathering.RAW_SHAPE, "uint32", scope="shared")
+                raw_scales = T.alloc_shared(gathering.RAW_SCALES_SHAPE, "uint32", scope="shared")
             valid = T.alloc_shared((NUM_STAGES, num_words), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, query and part
             reciprocals = T.alloc_shared((4,), "uint32", scope="shared")  # of the page sizes, for divisions
             full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
-            empty = alloc_empty(arrivals_when_empty)  # the warps that multiply with a piece of V, or with P, are done
+            empty = alloc_empty(empty_arrivals)  # the warps that multiply with a piece of V, or with P, are done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])
 

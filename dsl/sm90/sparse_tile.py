@@ -34,6 +34,9 @@ STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
 WARP = 32
 NUM_WARPS = WARPGROUP // WARP  # of the producer
 
+# Warps at the barriers of what an output warpgroup frees, a piece at a time.
+EMPTY_ARRIVALS = ([NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]) * NUM_STAGES
+
 # Thread blocks of a cluster, which have neighbouring tiles of the same heads and so the same tokens: each converts half
 # of a block and stores it to both. Otherwise a thread block is alone.
 ALONE, PAIR = 1, 2
@@ -84,8 +87,6 @@ class Roles:
 # columns, take five pieces: quarters of V, and what is behind them, the rope part and then P. The quarters of its own
 # columns are free when a warpgroup has multiplied with its P, the others once the other one has, with P from there.
 TURN_PIECES = len(PIECES) + 1
-# Two barriers say that they are there, of the halves of the output columns: the one of the warpgroup that makes the
-# scores first, then the other one together with the last piece.
 # Registers of a thread of those that take turns, and of the producer: 504 in all, what 384 threads start with.
 TURN_REGISTERS, PAIRED_TURN_REGISTERS = (216, 216, 72), (216, 208, 80)
 NUM_TURN_THREADS = 3 * WARPGROUP
@@ -94,9 +95,10 @@ NUM_TURN_THREADS = 3 * WARPGROUP
 def arrivals_of_turns(blocks: int = ALONE) -> tuple[list[int], list[int]]:
     """At the barriers of full halves and of empty pieces, where that many thread blocks gather a block together.
 
-    Alone, the asynchronous copies of each thread arrive, and with the last piece each warp of the producer, whose word
-    of the mask is there, too. In a pair each warp arrives for what the other thread block stores, which counts by its
-    bytes.
+    Halves are of the output columns: that of the warpgroup that makes the scores comes first, the other one together
+    with the last piece. Alone, the asynchronous copies of each thread arrive, and with the last piece each warp of the
+    producer, whose word of the mask is there, too. In a pair each warp arrives for what the other thread block stores,
+    which counts by its bytes.
     """
     if blocks == ALONE:
         full = [WARPGROUP, WARPGROUP + NUM_WARPS, WARPGROUP + NUM_WARPS, WARPGROUP]
@@ -108,11 +110,6 @@ def arrivals_of_turns(blocks: int = ALONE) -> tuple[list[int], list[int]]:
 def full_of_half(stage, half) -> Any:
     """Which of the barriers says that a half is there, in a stage of alternating warpgroups."""
     return stage * 2 + half
-
-
-def empty_arrivals() -> list[int]:
-    """Warps at the barriers of what an output warpgroup frees, a piece at a time."""
-    return ([NUM_WARPS] * (NUM_PIECES - 1) + [2 * NUM_WARPS]) * NUM_STAGES
 
 
 def roles_of(kv_format: str) -> Roles:

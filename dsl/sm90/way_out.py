@@ -126,14 +126,11 @@ def make_write_tile(out_tile: Callable[[Any, Any, Any], Any], *, splits: bool = 
 
     @T.macro
     def write_tile(acc, factors, place, request, stage, first_column, row, column, barrier_id, t):
-        if splits:
-            if is_split(t.part, place):
-                slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
-                head = T.alloc_var("int32", init=t.tile[1])
-                tile_row = T.alloc_var("int32", init=t.tile[0] + row)
-                _store_partial(acc, factors, slot, head, tile_row, first_column, HALF, t)
-            else:
-                store_tile(acc, factors, request, stage, first_column, row, column, barrier_id, t)
+        if splits and is_split(t.part, place):
+            slot = T.alloc_var("int32", init=split_slot(t.part, place, request, t.num_splits))
+            head = T.alloc_var("int32", init=t.tile[1])
+            tile_row = T.alloc_var("int32", init=t.tile[0] + row)
+            _store_partial(acc, factors, slot, head, tile_row, first_column, HALF, t)
         else:
             store_tile(acc, factors, request, stage, first_column, row, column, barrier_id, t)
 
