@@ -24,11 +24,11 @@ from tilemla.dsl.sm90.sparse_output import make_output_warpgroup
 from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
     EMPTY_ARRIVALS,
+    FULL_ARRIVALS,
     NUM_STAGES,
     NUM_THREADS,
     NUM_WARPS,
     QUARTER,
-    roles_of,
 )
 from tilemla.dsl.sm90.tile import ROWS, STAGE_COLUMNS, begin_and_end
 from tilemla.dsl.sm90.way_out import INTERLEAVED, make_way_out
@@ -58,8 +58,6 @@ def make_decode_program(spec, config) -> Program:
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     layout = FP8_LAYOUTS[spec.kv_format]
-    roles = roles_of(spec.kv_format)
-    full_arrivals = roles.full_arrivals
     b, h_k, rows, num_blocks, max_num_blocks_per_seq = T.dynamic("b, h_k, rows, num_blocks, max_num_blocks_per_seq")
     num_sm_parts, len_num_splits, max_num_splits = T.dynamic("num_sm_parts, len_num_splits, max_num_splits")
     q_stride_b, q_stride_h, q_stride_row = T.dynamic("q_stride_b, q_stride_h, q_stride_row")
@@ -112,10 +110,9 @@ def make_decode_program(spec, config) -> Program:
         return t.q[request, t.head, t.tile[0] : t.tile[0] + ROWS, 0:head_dim_qk]
 
     play = make_roles(
-        roles,
-        make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of, write_sums, mask=mask),
+        make_score_warpgroup(dtype, head_dim_qk, softmax, blocks_of, write_sums, mask=mask),
         make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of),
-        make_fp8_producer(layout, make_walk(blocks_of, read_index, address), blocks_of),
+        make_fp8_producer(layout, make_walk(blocks_of, read_index, address)),
     )
     combine = make_combine(head_dim_v, accum, config, early=True, interleaved=INTERLEAVED)
     sizes = SimpleNamespace(batch_size=b, num_heads_k=h_k, rows=rows)
@@ -159,7 +156,7 @@ def make_decode_program(spec, config) -> Program:
             raw_scales = T.alloc_shared(RAW_SCALES_SHAPE, "uint32", scope="shared")
             valid = T.alloc_shared((NUM_STAGES, NUM_WARPS), "int32", scope="shared")
             tile = T.alloc_shared((3,), "int32", scope="shared")  # its first row, head and part
-            full = T.alloc_barrier(full_arrivals)  # a piece of a block is there
+            full = T.alloc_barrier(FULL_ARRIVALS)  # a piece of a block is there
             empty = T.alloc_barrier(EMPTY_ARRIVALS)  # who multiplies with a piece of V, or with P, is done
             p_full = T.alloc_barrier([NUM_WARPS] * NUM_STAGES)  # the warps that make P are done
             q_full = T.alloc_barrier([1])

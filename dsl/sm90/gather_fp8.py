@@ -6,6 +6,7 @@ from typing import Any
 import tilelang.language as T
 
 from tilemla.dsl.sm90.gather import (
+    AHEAD,
     CHUNK,
     CHUNK_BYTES,
     CURSOR_SIZE,
@@ -24,7 +25,6 @@ from tilemla.dsl.sm90.tile import (
     arrive_warp,
     next_turn,
     phase_of,
-    request_of,
     stage_of,
 )
 
@@ -40,7 +40,7 @@ RAW_SHAPE = (ROWS, ROW_BYTES // 4)
 RAW_SCALES_SHAPE = (ROWS, NUM_PIECES)
 
 
-def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any) -> Any:
+def make_fp8_producer(layout: Any, walk: SimpleNamespace) -> Any:
     """Make the macro ``producer(t)`` for a cache of bytes: what is converted in place lay in the stage before.
 
     Four lanes convert 64 values of a token, an atom; a warp does eight tokens at a time. All bytes are copied to shared
@@ -54,8 +54,6 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any) -> Any
         Of a token.
     walk : SimpleNamespace
         Of `make_walk`.
-    blocks_of : callable
-        Of a request's place, itself and t: first block, and one past the last.
     """
     scales_apart = layout.scales_apart
     by_bytes = "true" if scales_apart else "false"
@@ -190,38 +188,36 @@ def make_fp8_producer(layout: Any, walk: SimpleNamespace, blocks_of: Any) -> Any
         kv = T.alloc_var("int32", init=shared_address(t.kv, 0, 0, 0))
         walk.start(place, index, cursor, first_row, t)
         copy_ahead(place, first_row, t)
-        for visited in T.serial(t.part.begin_place, t.part.end_place_inclusive + 1):
-            bounds = blocks_of(visited, request_of(visited, t), t)
-            end = T.alloc_var("int32", init=bounds.end)
-            for _block in T.serial(bounds.begin, end):
-                stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
-                valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
-                for piece in T.unroll(NUM_PIECES):
-                    T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
-                if t.tx % WARP == 0:
-                    t.valid[stage, warp] = T.bitwise_and(valid, 2**_TOKENS - 1)
-                copy_later(place, stage, first_row, kv, t)
-                T.call_extern("handle", f"tilemla::wait_copies<{copies_left(0)}>")
-                T.sync_warp()
-                take_scales(scales, first_row, t)
-                read_bytes(raw[0], stage, first_row, None, 0, kv, t)
-                for parity, piece, first, atoms, _kept, g, follow in units:
-                    # What is converted next is read before this is.
-                    if follow is not None:
-                        next_piece, next_kept, next_g = follow
-                        if next_g == 0:
-                            T.call_extern("handle", f"tilemla::wait_copies<{copies_left(next_piece)}>")
-                            T.sync_warp()
-                        read_bytes(raw[1 - parity], stage, first_row, next_kept, next_g, kv, t)
-                        # Where these bytes lay may be where others of the warp store.
+        while cursor[AHEAD] > 0:
+            cursor[AHEAD] -= 1
+            stage = T.alloc_var("int32", init=stage_of(turn, NUM_STAGES))
+            valid = T.alloc_var("int32", init=T.call_extern("int32", "tilemla::ballot", place[0] != 0))
+            for piece in T.unroll(NUM_PIECES):
+                T.barrier_wait(t.empty[stage * NUM_PIECES + piece], phase_of(turn, NUM_STAGES) ^ 1)
+            if t.tx % WARP == 0:
+                t.valid[stage, warp] = T.bitwise_and(valid, 2**_TOKENS - 1)
+            copy_later(place, stage, first_row, kv, t)
+            T.call_extern("handle", f"tilemla::wait_copies<{copies_left(0)}>")
+            T.sync_warp()
+            take_scales(scales, first_row, t)
+            read_bytes(raw[0], stage, first_row, None, 0, kv, t)
+            for parity, piece, first, atoms, _kept, g, follow in units:
+                # What is converted next is read before this is.
+                if follow is not None:
+                    next_piece, next_kept, next_g = follow
+                    if next_g == 0:
+                        T.call_extern("handle", f"tilemla::wait_copies<{copies_left(next_piece)}>")
                         T.sync_warp()
-                    store(raw[parity], scales, stage, first_row, piece, first, atoms, g, kv, t)
-                    if g == _GROUPS[-1]:
-                        T.sync_warp()
-                        arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
-                        if piece == 0:
-                            walk.step(place, index, cursor, first_row, t)
-                            copy_ahead(place, first_row, t)
-                turn = next_turn(turn, NUM_STAGES)
+                    read_bytes(raw[1 - parity], stage, first_row, next_kept, next_g, kv, t)
+                    # Where these bytes lay may be where others of the warp store.
+                    T.sync_warp()
+                store(raw[parity], scales, stage, first_row, piece, first, atoms, g, kv, t)
+                if g == _GROUPS[-1]:
+                    T.sync_warp()
+                    arrive_warp(t.full, stage * NUM_PIECES + piece, t.tx)
+                    if piece == 0:
+                        walk.step(place, index, cursor, first_row, t)
+                        copy_ahead(place, first_row, t)
+            turn = next_turn(turn, NUM_STAGES)
 
     return producer

@@ -6,19 +6,18 @@ import tilelang.language as T
 
 from tilemla.dsl.sm90.sparse_tile import (
     OUTPUT_REGISTERS,
+    PRODUCER_REGISTERS,
     QUARTER,
-    Roles,
+    SCORE_REGISTERS,
 )
 from tilemla.dsl.sm90.tile import HALF, LEFT_BARRIER, RIGHT_BARRIER, ROWS, WARPGROUP
 
 
-def make_roles(roles: Roles, score_warpgroup: Any, output_warpgroup: Any, producer: Any) -> Any:
+def make_roles(score_warpgroup: Any, output_warpgroup: Any, producer: Any) -> Any:
     """Make the macro ``play(t)``.
 
     Parameters
     ----------
-    roles : Roles
-        The registers of each.
     score_warpgroup, producer : macro
         ``(t)``.
     output_warpgroup : macro
@@ -29,7 +28,7 @@ def make_roles(roles: Roles, score_warpgroup: Any, output_warpgroup: Any, produc
     @T.macro
     def play(t):
         if t.tx < WARPGROUP:
-            T.set_max_nreg(roles.score_registers, int(roles.score_registers > 128))
+            T.set_max_nreg(SCORE_REGISTERS, 0)
             score_warpgroup(t)
         elif t.tx < 2 * WARPGROUP:
             T.set_max_nreg(OUTPUT_REGISTERS, 1)
@@ -42,7 +41,7 @@ def make_roles(roles: Roles, score_warpgroup: Any, output_warpgroup: Any, produc
             right_second = T.alloc_fragment((ROWS, QUARTER), accum)
             output_warpgroup(right_first, right_second, HALF, RIGHT_BARRIER, t)
         else:
-            T.set_max_nreg(roles.producer_registers, 0)
+            T.set_max_nreg(PRODUCER_REGISTERS, 0)
             producer(t)
 
     return play

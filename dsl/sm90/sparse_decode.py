@@ -1,11 +1,11 @@
 """Sparse split-KV MLA decode for sm_90a: tokens gathered by index, wgmma, a persistent walk of the schedule.
 
 A CTA walks the requests of one part of the schedule for one query of each and one tile of 64 heads. A producer
-warpgroup gathers the 64 tokens of a block from anywhere in the cache, and converts them where the cache is FP8
-(`gather`, `gather_fp8`); a score warpgroup and two output warpgroups then work as those of the dense kernel do
-(`sparse_score`, `sparse_output`). A pair of CTAs, which share the tokens of a block, does so with warpgroups that
-alternate (`gather_fp8_pair`, `alternate`): half as much is converted, and one that makes all scores would be waited
-for. The combine kernel is launched under the tail of this one.
+warpgroup gathers the 64 tokens of a block from anywhere in the cache (`gather`), and two warpgroups take turns at their
+scores (`alternate`). Where the cache is FP8, tokens are converted on their way: by a pair of CTAs that share those of a
+block, each half of them (`gather_fp8_pair`), or alone (`gather_fp8`), for a score warpgroup and two output warpgroups
+that work as those of the dense kernel do (`sparse_score`, `sparse_output`): what is converted alone comes too late for
+warpgroups that take turns. The combine kernel is launched under the tail of this one.
 """
 
 import functools
@@ -26,7 +26,7 @@ from tilemla.dsl.sm90.gather import (
     EXTRA_LENGTH,
     LENGTH,
     MAIN,
-    make_dense_producer,
+    make_turn_producer,
     make_walk,
     request_of_cursor,
 )
@@ -38,6 +38,7 @@ from tilemla.dsl.sm90.sparse_score import make_score_warpgroup
 from tilemla.dsl.sm90.sparse_tile import (
     ALONE,
     EMPTY_ARRIVALS,
+    FULL_ARRIVALS,
     NUM_STAGES,
     NUM_THREADS,
     NUM_TURN_THREADS,
@@ -45,9 +46,9 @@ from tilemla.dsl.sm90.sparse_tile import (
     PAIR,
     PAIRED_TURN_REGISTERS,
     QUARTER,
+    TURN_REGISTERS,
     arrivals_of_turns,
     blocks_of_place,
-    roles_of,
 )
 from tilemla.dsl.sm90.tile import HALF, ROWS, STAGE_COLUMNS
 from tilemla.dsl.sm90.way_out import INTERLEAVED, make_way_out, make_write_tile
@@ -82,14 +83,14 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
     dtype, accum = spec.dtype, "float32"
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     layout = FP8_LAYOUTS.get(spec.kv_format)
-    roles = roles_of(spec.kv_format)
+    takes_turns = paired or layout is None
+    blocks, alloc_empty, open_grid = ALONE, T.alloc_barrier, T.Kernel
     if paired:
-        blocks, num_threads, alloc_empty = PAIR, NUM_TURN_THREADS, T.alloc_cluster_barrier
+        blocks, alloc_empty = PAIR, T.alloc_cluster_barrier
         open_grid = functools.partial(T.ClusterKernel, cluster_dims=PAIR)
-        full_arrivals, empty_arrivals = arrivals_of_turns(PAIR)
-    else:
-        blocks, num_threads, alloc_empty, open_grid = ALONE, NUM_THREADS, T.alloc_barrier, T.Kernel
-        full_arrivals, empty_arrivals = roles.full_arrivals, EMPTY_ARRIVALS
+    num_threads, full_arrivals, empty_arrivals = NUM_THREADS, FULL_ARRIVALS, EMPTY_ARRIVALS
+    if takes_turns:
+        num_threads, (full_arrivals, empty_arrivals) = NUM_TURN_THREADS, arrivals_of_turns(blocks)
     gathering = gather_fp8_pair if paired else gather_fp8
     num_words = NUM_WARPS * blocks
     b, s_q, h_q, topk, extra_topk = T.dynamic("b, s_q, h_q, topk, extra_topk")
@@ -191,35 +192,30 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             find_extra(place, index, t)
 
     walk = make_walk(blocks_of_place, read_index, address, blocks, prefetch)
-    if paired:
-        play = make_turns(
-            make_alternating_warpgroup(
-                dtype,
-                head_dim_qk,
-                head_dim_v,
-                blocks_of_place,
-                SimpleNamespace(
-                    write_tile=make_write_tile(out_tile, splits=True), write_empty=make_way_out(HALF).write_empty
-                ),
-                read_sink=read_sink,
-                write_sums=write_sums,
-                sink_counts=is_in_one_part,
-                launches=True,
-                blocks=PAIR,
+    if takes_turns:
+        warpgroup = make_alternating_warpgroup(
+            dtype,
+            head_dim_qk,
+            head_dim_v,
+            blocks_of_place,
+            SimpleNamespace(
+                write_tile=make_write_tile(out_tile, splits=True), write_empty=make_way_out(HALF).write_empty
             ),
-            gather_fp8_pair.make_paired_producer(layout, walk),
-            PAIRED_TURN_REGISTERS,
+            read_sink=read_sink,
+            write_sums=write_sums,
+            sink_counts=is_in_one_part,
+            launches=True,
+            blocks=blocks,
         )
-    else:
-        if layout is None:
-            producer = make_dense_producer(head_dim_qk, roles, walk, blocks_of_place)
+        if paired:
+            play = make_turns(warpgroup, gather_fp8_pair.make_paired_producer(layout, walk), PAIRED_TURN_REGISTERS)
         else:
-            producer = gather_fp8.make_fp8_producer(layout, walk, blocks_of_place)
+            play = make_turns(warpgroup, make_turn_producer(head_dim_qk, walk, blocks_of_place), TURN_REGISTERS)
+    else:
         play = make_roles(
-            roles,
-            make_score_warpgroup(dtype, head_dim_qk, roles, softmax, blocks_of_place, write_sums),
+            make_score_warpgroup(dtype, head_dim_qk, softmax, blocks_of_place, write_sums),
             make_output_warpgroup(head_dim_v, make_way_out(QUARTER), blocks_of_place),
-            producer,
+            gather_fp8.make_fp8_producer(layout, walk),
         )
 
     def q_tile(request, t):
@@ -259,7 +255,7 @@ def make_sparse_decode_program(spec, config, *, paired: bool = False) -> Program
             kv = T.alloc_shared((NUM_STAGES + 1, BLOCK_N, STAGE_COLUMNS), dtype)
             maxima, sums, met, alpha, inverse_sums, raw, raw_scales = (None,) * 7
             # What the warpgroups that take turns tell one another, or the score warpgroup the others.
-            if paired:
+            if takes_turns:
                 maxima = T.alloc_shared((NUM_STAGES, ROWS), accum, scope="shared")  # running, after a block
                 sums = T.alloc_shared((SUMS,), accum, scope="shared")
                 met = T.alloc_barrier([2 * NUM_WARPS])  # the warps of both have written a tile's sums

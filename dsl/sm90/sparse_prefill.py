@@ -18,6 +18,7 @@ from tilemla.dsl.sm90.gather import BLOCK, LENGTH, make_turn_producer, make_walk
 from tilemla.dsl.sm90.gather_source import GATHER_SOURCE
 from tilemla.dsl.sm90.roles import make_turns
 from tilemla.dsl.sm90.sparse_tile import (
+    ALONE,
     NUM_STAGES,
     NUM_TURN_THREADS,
     NUM_WARPS,
@@ -46,7 +47,7 @@ def make_sparse_prefill_program(spec) -> Program:
         ``mla_sparse_prefill``. Tokens are apart by multiples of 16 bytes.
     """
     dtype, accum = spec.dtype, "float32"
-    full_arrivals, empty_arrivals = arrivals_of_turns()
+    full_arrivals, empty_arrivals = arrivals_of_turns(ALONE)
     head_dim_v, head_dim_qk = spec.head_dim_v, spec.head_dim_qk
     s_q, h_q, s_kv, topk, len_sink = T.dynamic("s_q, h_q, s_kv, topk, len_sink")
     q_stride_s, q_stride_h, kv_stride, indices_stride = T.dynamic("q_stride_s, q_stride_h, kv_stride, indices_stride")

@@ -13,9 +13,9 @@ from tilemla.dsl.sm90.sparse_tile import (
     NUM_STAGES,
     NUM_WARPS,
     OPERANDS,
+    PIECES,
     Q_STAGE,
-    Roles,
-    columns_of_pieces,
+    Q_STEPS,
     k_step_offset,
     load_q,
     tokens_of_warp,
@@ -38,7 +38,6 @@ from tilemla.dsl.sm90.tile import (
 def make_score_warpgroup(
     dtype: str,
     head_dim_qk: int,
-    roles: Roles,
     softmax: Any,
     blocks_of: Any,
     write_sums: Any,
@@ -53,8 +52,6 @@ def make_score_warpgroup(
         Of queries and stages.
     head_dim_qk : int
         Columns of a key.
-    roles : Roles
-        How many K steps of Q are held in registers.
     softmax : SimpleNamespace
         Of `make_softmax`.
     blocks_of : callable
@@ -67,12 +64,11 @@ def make_score_warpgroup(
     """
     all_tokens = 2 ** tokens_of_warp(ALONE) - 1
     operand, accum = OPERANDS[dtype], "float32"
-    q_steps = roles.q_steps
     # Of each piece, its number, the K steps multiplied from registers (first, count), and those from shared memory.
     pieces = []
-    for piece, first_column, columns in columns_of_pieces(head_dim_qk, roles):
-        first, end = first_column // K_STEP, (first_column + columns) // K_STEP
-        middle = min(max(q_steps, first), end)
+    for piece, (first_column, end_column) in enumerate(zip(PIECES, (*PIECES[1:], head_dim_qk), strict=True)):
+        first, end = first_column // K_STEP, end_column // K_STEP
+        middle = min(max(Q_STEPS, first), end)
         pieces.append((piece, first, middle - first, middle, end - middle))
 
     def common_bits(words):
@@ -134,7 +130,7 @@ def make_score_warpgroup(
     @T.macro
     def take_q(q_registers, row, column, t):
         # A thread's share of an m64k16 operand: pairs at two rows 8 apart and at two columns 8 apart.
-        for k in T.unroll(q_steps):
+        for k in T.unroll(Q_STEPS):
             for e in T.unroll(A_REGISTERS):
                 for v in T.vectorized(2):
                     q_registers[(k * A_REGISTERS + e) * 2 + v] = t.kv[
@@ -155,7 +151,7 @@ def make_score_warpgroup(
 
     @T.macro
     def score_warpgroup(t):
-        q_registers = T.alloc_local((max(q_steps, 1) * 2 * A_REGISTERS,), dtype)
+        q_registers = T.alloc_local((Q_STEPS * 2 * A_REGISTERS,), dtype)
         scores = T.alloc_local((SCORES,), accum)
         running_max = T.alloc_local((2,), accum)
         row_sum = T.alloc_local((2,), accum)  # over this thread's columns until the request ends
@@ -179,8 +175,7 @@ def make_score_warpgroup(
             q_phase = q_phase ^ 1
             # Not earlier, as in `score`: half a microsecond of every call with a cut request on an H100.
             T.pdl_trigger()
-            if q_steps > 0:
-                take_q(q_registers, row, column, t)
+            take_q(q_registers, row, column, t)
             if begin >= end:
                 # Nothing is multiplied with this Q.
                 T.sync_threads(SCORE_BARRIER, WARPGROUP)
