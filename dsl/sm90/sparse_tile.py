@@ -28,6 +28,7 @@ QUARTER = HALF // 2  # output columns of an accumulator, of which an output warp
 # holds P, too, which both read.
 PIECES = (0, 128, 256, 384)  # their first columns
 NUM_PIECES = len(PIECES)
+
 OPERANDS = {"bfloat16": "bf16", "float16": "fp16"}  # of a dtype in wgmma's instructions
 STAGE_BYTES = STAGE_COLUMNS // SLICE * ATOM_BYTES
 
