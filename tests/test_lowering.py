@@ -181,7 +181,8 @@ def test_every_sparse_sm_90a_module_gathers_and_multiplies_without_a_spill(spec,
     for kernel in entry.manifest.kernels:
         assert (kernel.spill_store_bytes, kernel.spill_load_bytes, kernel.stack_bytes) == (0, 0, 0)
         assert kernel.smem_bytes <= SMEM_LIMIT_BYTES
-    shape = (384, 168) if spec.kernel == "mla_sparse_prefill" else (512, 128)
+    # Warpgroups take turns where nothing is converted alone.
+    shape = (512, 128) if is_fp8 else (384, 168)
     assert (entry.manifest.kernels[0].threads, entry.manifest.kernels[0].registers) == shape
 
 
